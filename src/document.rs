@@ -1,0 +1,327 @@
+//! The JSON document of a group, as it lies in Redis and in memory.
+//!
+//! The form is that of the Go service that shares the key space, with a tail
+//! that a write script can read and splice without parsing JSON:
+//!
+//! ```text
+//! {"key":…,"alerts":{…},"metadata":{…,"write_id":"…","version":N},"version":N}
+//! ```
+//!
+//! The outer version counts. What Go writes is read (`null` for empty maps,
+//! absent optional fields, any time zone, no write id); what is written here,
+//! Go reads.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use serde::Deserialize;
+use sha1::{Digest, Sha1};
+
+use crate::{
+    group::{Alert, AlertGroup, GroupKey, GroupMetadata, null_as_default},
+    version::Version,
+};
+
+/// A document that is to be written: all of it but the write id and the
+/// version, which the store adds.
+#[derive(Clone, Debug)]
+pub struct DocumentHead {
+    key: GroupKey,
+    /// JSON up to the last field before the write id, without closing braces.
+    json: Vec<u8>,
+}
+
+/// A document as it is stored, with the version that it says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Document {
+    pub key: GroupKey,
+    pub json: Bytes,
+}
+
+/// Why a stored document cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the stored document of {bytes} bytes (SHA-1 {sha1}) cannot be read: {reason}")]
+pub struct Unreadable {
+    /// Where parsing stopped, and why.
+    pub reason: String,
+    /// Size of the document in bytes.
+    pub bytes: usize,
+    /// Digest of the document, in hex, to find it again.
+    pub sha1: String,
+}
+
+/// The stored form, as it is read.
+#[derive(Deserialize)]
+struct StoredForm {
+    key: GroupKey,
+    #[serde(default, deserialize_with = "null_as_default")]
+    alerts: BTreeMap<String, Alert>,
+    metadata: GroupMetadata,
+    #[serde(default)]
+    version: Option<i64>,
+}
+
+// === impl DocumentHead ===
+
+impl DocumentHead {
+    /// Bytes of the tail at most: the field names, a write id and two versions.
+    const MAX_TAIL_BYTES: usize = 128;
+
+    /// Writes a group as JSON. Its version and write id are left out.
+    pub fn new(group: &AlertGroup) -> Self {
+        let mut json = serde_json::to_vec(group)
+            .expect("strings, numbers and maps with string keys always serialize");
+        // The closing braces of `metadata` and of the document; the tail
+        // brings them back.
+        debug_assert!(json.ends_with(b"}}"));
+        json.truncate(json.len() - 2);
+        Self {
+            key: group.key.clone(),
+            json,
+        }
+    }
+
+    pub fn key(&self) -> &GroupKey {
+        &self.key
+    }
+
+    /// Size in bytes of the document once it is stored, at most.
+    pub fn stored_bytes(&self) -> usize {
+        self.json.len() + Self::MAX_TAIL_BYTES
+    }
+
+    /// The document up to the place of its first version: what the write
+    /// script is given.
+    pub fn up_to_version(&self, write_id: &str) -> Bytes {
+        self.with_tail(write_id, String::new())
+    }
+
+    /// The whole document.
+    pub fn finish(&self, write_id: &str, version: Version) -> Document {
+        Document {
+            key: self.key.clone(),
+            json: self.with_tail(write_id, format!("{version}}},\"version\":{version}}}")),
+        }
+    }
+
+    fn with_tail(&self, write_id: &str, end: String) -> Bytes {
+        let mut json = Vec::with_capacity(self.json.len() + Self::MAX_TAIL_BYTES);
+        json.extend_from_slice(&self.json);
+        json.extend_from_slice(b",\"write_id\":\"");
+        json.extend_from_slice(write_id.as_bytes());
+        json.extend_from_slice(b"\",\"version\":");
+        json.extend_from_slice(end.as_bytes());
+        json.into()
+    }
+}
+
+// === impl Document ===
+
+impl Document {
+    /// Reads the group. Unknown fields are passed over.
+    pub fn parse(&self) -> Result<AlertGroup, Unreadable> {
+        let form: StoredForm = serde_json::from_slice(&self.json)
+            .map_err(|error| Unreadable::new(&self.json, error.to_string()))?;
+        if form.key != self.key {
+            return Err(Unreadable::new(
+                &self.json,
+                "it names another group key than the one it is stored under".into(),
+            ));
+        }
+        let version = match form.version {
+            None | Some(0) => Version::FIRST,
+            Some(version) => Version::new(version)
+                .ok_or_else(|| Unreadable::new(&self.json, "its version is negative".into()))?,
+        };
+        Ok(AlertGroup {
+            key: form.key,
+            alerts: form.alerts,
+            metadata: GroupMetadata {
+                version: Some(version),
+                ..form.metadata
+            },
+        })
+    }
+}
+
+// === impl Unreadable ===
+
+impl Unreadable {
+    pub fn new(document: &[u8], reason: String) -> Self {
+        Self {
+            reason,
+            bytes: document.len(),
+            sha1: hex(&Sha1::digest(document)),
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::group::{AlertStatus, GroupState, Time};
+    use proptest::prelude::*;
+
+    fn document(key: &str, json: impl Into<Bytes>) -> Document {
+        Document {
+            key: GroupKey::new(key).unwrap(),
+            json: json.into(),
+        }
+    }
+
+    fn version(version: i64) -> Version {
+        Version::new(version).unwrap()
+    }
+
+    #[test]
+    fn the_tail_is_the_one_that_the_scripts_know() {
+        let group = AlertGroup {
+            key: GroupKey::new("a").unwrap(),
+            alerts: BTreeMap::new(),
+            metadata: GroupMetadata::default(),
+        };
+        let written = DocumentHead::new(&group).finish("i-1", version(16));
+        assert_eq!(
+            std::str::from_utf8(&written.json).unwrap(),
+            r#"{"key":"a","alerts":{},"metadata":{"state":"firing","firing_count":0,"resolved_count":0,"group_by":[],"write_id":"i-1","version":16},"version":16}"#,
+        );
+    }
+
+    #[test]
+    fn the_outer_version_counts_and_zero_or_none_is_one() {
+        for (outer, read) in [
+            ("9", 9),
+            ("0", 1),
+            ("null", 1),
+            ("9007199254740993", 9007199254740993),
+        ] {
+            let json = format!(
+                r#"{{"key":"a","metadata":{{"state":"mixed","version":3}},"version":{outer}}}"#
+            );
+            let group = document("a", json).parse().unwrap();
+            assert_eq!(group.metadata.version, Some(version(read)));
+        }
+        let without = document("a", r#"{"key":"a","metadata":{"state":"mixed"}}"#);
+        assert_eq!(
+            without.parse().unwrap().metadata.version,
+            Some(Version::FIRST)
+        );
+    }
+
+    #[test]
+    fn unknown_fields_are_passed_over() {
+        let json = r#"{"key":"a","new":{"x":[1]},"alerts":{"f":{"fingerprint":"f","status":"resolved","more":1}},
+            "metadata":{"state":"silenced","extra":null},"version":2}"#;
+        let group = document("a", json).parse().unwrap();
+        assert_eq!(group.alerts["f"].status, AlertStatus::Resolved);
+        assert_eq!(group.metadata.state, GroupState::Silenced);
+    }
+
+    #[test]
+    fn what_cannot_be_read_says_where_parsing_stopped() {
+        let truncated = document("a", r#"{"key":"a","alerts":{"#)
+            .parse()
+            .unwrap_err();
+        assert!(truncated.reason.contains("line 1 column 21"), "{truncated}");
+        assert_eq!(truncated.bytes, 21);
+        assert_eq!(truncated.sha1.len(), 40);
+        for json in [
+            "",
+            "5",
+            "[]",
+            r#"{"key":"b","metadata":{"state":"firing"}}"#,
+            r#"{"key":"a","metadata":{"state":"firing"},"version":-1}"#,
+            r#"{"key":"a","metadata":{"state":"on fire"}}"#,
+            r#"{"key":"a"}"#,
+        ] {
+            assert!(document("a", json).parse().is_err(), "{json}");
+        }
+        let deep = format!(r#"{{"key":"a","x":{}"#, "[".repeat(100_000));
+        assert!(document("a", deep).parse().is_err());
+    }
+
+    fn time() -> impl Strategy<Value = Option<Time>> {
+        prop::option::of(
+            (-62_135_596_800i64..253_402_300_800, 0u32..1_000_000_000)
+                .prop_map(|(seconds, nanos)| Time::from_parts(seconds, nanos).unwrap()),
+        )
+    }
+
+    fn labels() -> impl Strategy<Value = BTreeMap<String, String>> {
+        prop::collection::btree_map(any::<String>(), any::<String>(), 0..4)
+    }
+
+    fn alert() -> impl Strategy<Value = Alert> {
+        (
+            any::<(String, String, bool)>(),
+            labels(),
+            labels(),
+            time(),
+            time(),
+            time(),
+        )
+            .prop_map(
+                |(
+                    (alert_name, generator_url, firing),
+                    labels,
+                    annotations,
+                    starts_at,
+                    ends_at,
+                    timestamp,
+                )| Alert {
+                    fingerprint: String::new(),
+                    alert_name,
+                    status: if firing {
+                        AlertStatus::Firing
+                    } else {
+                        AlertStatus::Resolved
+                    },
+                    labels,
+                    annotations,
+                    starts_at,
+                    ends_at,
+                    generator_url,
+                    timestamp,
+                },
+            )
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read_back(
+            key in "[^\\pC]\\PC*",
+            alerts in prop::collection::btree_map(any::<String>(), alert(), 0..4),
+            created_at in time(),
+            group_by in prop::collection::vec(any::<String>(), 0..3),
+            counts in any::<(i32, i32)>(),
+            n in 1i64..,
+        ) {
+            let mut group = AlertGroup {
+                key: GroupKey::new(key).unwrap(),
+                alerts,
+                metadata: GroupMetadata {
+                    created_at,
+                    group_by,
+                    firing_count: counts.0,
+                    resolved_count: counts.1,
+                    ..GroupMetadata::default()
+                },
+            };
+            let head = DocumentHead::new(&group);
+            let written = head.finish("i-1", version(n));
+            prop_assert!(written.json.len() <= head.stored_bytes());
+            group.metadata.write_id = "i-1".into();
+            group.metadata.version = Some(version(n));
+            prop_assert_eq!(written.parse().unwrap(), group);
+        }
+
+        #[test]
+        fn no_bytes_make_the_reader_panic(json in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = document("a", json).parse();
+        }
+    }
+}

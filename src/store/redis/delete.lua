@@ -1,0 +1,41 @@
+-- Removes a document: any version, or only one.
+--
+-- KEYS[1]  the key of the document
+-- ARGV[1]  'any', or the version that must be stored
+-- ARGV[2]  the deadline: not executed when `now` is past it
+-- ARGV[3]  '' unless the answer to an earlier attempt was lost; then the
+--          least possible time at which that attempt was executed
+--
+-- deleted   {…, version, size, digest}; version is '0' and the last two are
+--           there when the document was unreadable
+-- absent    nothing was there
+-- conflict  {…, version}
+
+local key, condition, lost_since = KEYS[1], ARGV[1], ARGV[3]
+
+if now > tonumber(ARGV[2]) then return reply('late') end
+local found, err = look_up(key)
+if not found then return refuse(err) end
+
+if lost_since ~= '' then
+  -- See write.lua. Nothing stored says nothing: this call or another one may
+  -- have removed it.
+  local matches = found.version == condition and not found.inexact
+  local older = found.version and beyond(lost_since, found.version)
+  if not matches and not older then return reply('unknown') end
+end
+if not found.exists then return reply('absent') end
+
+local version, size, digest = found.version, nil, nil
+if not version then
+  local document = redis.call('GET', key)
+  if condition ~= 'any' then return reply('unreadable', document) end
+  version, size, digest = '0', tostring(#document), redis.sha1hex(document)
+elseif condition ~= 'any' then
+  if found.inexact then return reply('out_of_range', version) end
+  if version ~= condition then return reply('conflict', version) end
+end
+
+local done = redis.pcall('DEL', key)
+if type(done) == 'table' then return refuse(done.err) end
+return reply('deleted', version, size, digest)

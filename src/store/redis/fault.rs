@@ -1,0 +1,95 @@
+//! What an error of fred or Redis means for the call that met it.
+
+use fred::prelude::{Error, ErrorKind};
+
+use crate::store::StoreError;
+
+/// Why an attempt at a Redis command did not do its work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// It surely was not executed: Redis refused it, or it was never sent. It
+    /// may be repeated freely.
+    NotRun(String),
+    /// It may have been executed: the answer is missing.
+    Lost(String),
+    /// The server does not know the script; load it and repeat.
+    NoScript,
+    /// Repeating is of no use.
+    Final(StoreError),
+}
+
+// === impl Fault ===
+
+impl Fault {
+    /// The fault that an error of fred stands for.
+    pub fn of(error: &Error) -> Self {
+        let text = error.details();
+        if is_reply_of_redis(text) {
+            return Self::of_reply(text);
+        }
+        match error.kind() {
+            // fred could not find a connection to write to.
+            ErrorKind::Routing | ErrorKind::Backpressure | ErrorKind::Config => {
+                Self::NotRun(text.to_owned())
+            }
+            _ => Self::Lost(text.to_owned()),
+        }
+    }
+
+    /// The fault that an error reply of Redis stands for. The scripts raise no
+    /// errors of their own, so a command answered by an error did nothing.
+    pub fn of_reply(text: &str) -> Self {
+        if text.starts_with("NOSCRIPT") {
+            Self::NoScript
+        } else if text.starts_with("WRONGTYPE") {
+            Self::Final(StoreError::ForeignType)
+        } else {
+            Self::NotRun(text.to_owned())
+        }
+    }
+}
+
+/// Replies of Redis begin with a code in capitals (`ERR`, `LOADING`, …); fred's
+/// own texts do not.
+fn is_reply_of_redis(text: &str) -> bool {
+    let code = text.split(' ').next().unwrap_or_default();
+    code.len() >= 3 && code.bytes().all(|c| c.is_ascii_uppercase())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_reply_means_that_nothing_was_done() {
+        for text in [
+            "LOADING Redis is loading the dataset in memory",
+            "READONLY You can't write against a read only replica.",
+            "OOM command not allowed when used memory > 'maxmemory'.",
+            "ERR unknown command",
+            "MOVED 42 127.0.0.1:7001",
+        ] {
+            let error = Error::new(ErrorKind::Unknown, text);
+            assert_eq!(Fault::of(&error), Fault::NotRun(text.into()));
+        }
+        let error = Error::new(ErrorKind::Unknown, "NOSCRIPT No matching script.");
+        assert_eq!(Fault::of(&error), Fault::NoScript);
+        let error = Error::new(
+            ErrorKind::InvalidArgument,
+            "WRONGTYPE Operation against a key",
+        );
+        assert_eq!(Fault::of(&error), Fault::Final(StoreError::ForeignType));
+    }
+
+    #[test]
+    fn a_missing_answer_means_that_it_may_have_been_executed() {
+        for (kind, text) in [
+            (ErrorKind::Timeout, "Request timed out."),
+            (ErrorKind::IO, "Connection reset by peer"),
+            (ErrorKind::Canceled, "Canceled."),
+            (ErrorKind::Unknown, "Too many failed write attempts."),
+        ] {
+            assert_eq!(Fault::of(&Error::new(kind, text)), Fault::Lost(text.into()));
+        }
+    }
+}

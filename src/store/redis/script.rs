@@ -1,0 +1,173 @@
+//! The Lua scripts, and their replies.
+
+use std::sync::LazyLock;
+
+use bytes::Bytes;
+use fred::{
+    prelude::Value,
+    types::{ClusterHash, CustomCommand},
+};
+use sha1::{Digest, Sha1};
+
+use super::{
+    connection::{Attempt, on_any_node},
+    fault::Fault,
+};
+use crate::store::StoreError;
+
+/// Writes a document under a condition; see `write.lua`.
+pub static WRITE: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(concat!(
+        include_str!("document.lua"),
+        include_str!("write.lua")
+    ))
+});
+
+/// Removes a document; see `delete.lua`.
+pub static DELETE: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(concat!(
+        include_str!("document.lua"),
+        include_str!("delete.lua")
+    ))
+});
+
+/// Reads a document with its expiry; see `read.lua`.
+pub static READ: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(concat!(
+        include_str!("document.lua"),
+        include_str!("read.lua")
+    ))
+});
+
+/// A script on one key, called by its digest.
+#[derive(Debug)]
+pub struct Script {
+    source: &'static str,
+    sha1: String,
+}
+
+/// What a script replied: a status, the time in Redis, and more values.
+#[derive(Debug)]
+pub struct ScriptReply {
+    pub status: String,
+    /// Microseconds since 1970 by the clock of Redis.
+    pub now: i64,
+    values: Vec<Value>,
+}
+
+// === impl Script ===
+
+impl Script {
+    fn new(source: &'static str) -> Self {
+        let digest = Sha1::digest(source);
+        Self {
+            source,
+            sha1: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+        }
+    }
+
+    /// The command that calls the script, for a pipeline.
+    pub fn command(&self) -> CustomCommand {
+        // The key stands after the digest and the number of keys.
+        CustomCommand::new_static("EVALSHA", ClusterHash::Offset(2), false)
+    }
+
+    /// The arguments of [`Script::command`].
+    pub fn arguments(&self, key: &str, arguments: Vec<Value>) -> Vec<Value> {
+        let mut all = Vec::with_capacity(arguments.len() + 3);
+        all.push(self.sha1.as_str().into());
+        all.push("1".into());
+        all.push(key.into());
+        all.extend(arguments);
+        all
+    }
+
+    /// Calls the script; loads it first if the server does not know it.
+    pub async fn run(
+        &self,
+        attempt: &Attempt,
+        key: &str,
+        arguments: Vec<Value>,
+    ) -> Result<ScriptReply, Fault> {
+        let arguments = self.arguments(key, arguments);
+        let reply = match attempt.run(self.command(), arguments.clone()).await {
+            Err(Fault::NoScript) => {
+                self.load(attempt).await?;
+                attempt.run(self.command(), arguments).await?
+            }
+            reply => reply?,
+        };
+        ScriptReply::parse(reply)
+    }
+
+    /// Makes the script known to the server.
+    pub async fn load(&self, attempt: &Attempt) -> Result<(), Fault> {
+        let arguments = vec!["LOAD".into(), self.source.into()];
+        attempt
+            .run(on_any_node("SCRIPT"), arguments)
+            .await
+            .map(|_| ())
+    }
+}
+
+// === impl ScriptReply ===
+
+impl ScriptReply {
+    /// Reads a reply. The statuses that mean the same for every script become
+    /// faults.
+    pub fn parse(reply: Value) -> Result<Self, Fault> {
+        let bug = |what: &str| Fault::Final(StoreError::Bug(format!("script reply: {what}")));
+        let Value::Array(values) = reply else {
+            return Err(bug("not an array"));
+        };
+        let mut values = values.into_iter();
+        let mut text = || values.next().and_then(|value| value.into_string());
+        let status = text().ok_or_else(|| bug("no status"))?;
+        let now = text()
+            .and_then(|now| now.parse().ok())
+            .ok_or_else(|| bug("no time"))?;
+        Ok(Self {
+            status,
+            now,
+            values: values.collect(),
+        })
+    }
+
+    /// The statuses that mean the same for every script.
+    pub fn fault(&self) -> Fault {
+        match self.status.as_str() {
+            "late" => Fault::NotRun("Redis got the command after its deadline".into()),
+            "foreign" => Fault::Final(StoreError::ForeignType),
+            "out_of_range" => Fault::Final(StoreError::VersionOutOfRange(
+                self.text(0).unwrap_or_default(),
+            )),
+            "unknown" => Fault::Final(StoreError::OutcomeUnknown),
+            "failed" => Fault::of_reply(&self.text(0).unwrap_or_default()),
+            other => Fault::Final(StoreError::Bug(format!("script status {other}"))),
+        }
+    }
+
+    /// A value as text.
+    pub fn text(&self, at: usize) -> Option<String> {
+        self.values.get(at).and_then(Value::as_string)
+    }
+
+    /// A value as a whole number.
+    pub fn integer(&self, at: usize) -> Option<i64> {
+        self.text(at)?.parse().ok()
+    }
+
+    /// A value as bytes, without copying them.
+    pub fn bytes(&self, at: usize) -> Option<Bytes> {
+        self.values.get(at).and_then(bytes)
+    }
+}
+
+/// The bytes of a string value, without copying them.
+pub fn bytes(value: &Value) -> Option<Bytes> {
+    match value {
+        Value::Bytes(bytes) => Some(bytes.clone()),
+        Value::String(text) => Some(text.inner().clone()),
+        _ => None,
+    }
+}

@@ -1,0 +1,87 @@
+-- Writes a document if its condition holds. A script and not MULTI, since the
+-- new version depends on the stored one.
+--
+-- KEYS[1]  the key of the document
+-- ARGV[1]  the document up to the place of its first version
+-- ARGV[2]  the condition: 'any', 'absent', or the version that must be stored
+-- ARGV[3]  time to live in milliseconds
+-- ARGV[4]  '1' keeps what is left of the stored time to live
+-- ARGV[5]  the deadline: not executed when `now` is past it
+-- ARGV[6]  the write id, the same in every attempt of one call
+-- ARGV[7]  '' unless the answer to an earlier attempt was lost; then the
+--          least possible time at which that attempt was executed
+--
+-- written   {…, version, expiry in ms since 1970 or '-1', size, digest}; the
+--           last two, of an unreadable document that was replaced, may be absent
+-- conflict  {…, document or false}
+
+local key, head, condition = KEYS[1], ARGV[1], ARGV[2]
+local write_id, lost_since = ARGV[6], ARGV[7]
+
+if now > tonumber(ARGV[5]) then return reply('late') end
+local found, err = look_up(key)
+if not found then return refuse(err) end
+
+local function expiry(ttl)
+  return string.format('%.0f', math.floor(now / 1000) + ttl)
+end
+
+local function conflict()
+  return reply('conflict', found.exists and redis.call('GET', key))
+end
+
+if found.write_id == write_id then
+  local ttl = redis.call('PTTL', key)
+  return reply('written', found.version, ttl < 0 and '-1' or expiry(ttl))
+end
+
+local unreadable = found.exists and not found.version
+if unreadable and condition ~= 'any' then
+  return reply('unreadable', redis.call('GET', key))
+end
+
+local matches = found.exists and found.version == condition and not found.inexact
+if lost_since ~= '' then
+  -- The lost attempt may have been executed, and its result replaced or
+  -- removed since. What is stored tells, because a version never comes back
+  -- and is never less than the time at which it was written.
+  local older = found.version and beyond(lost_since, found.version)
+  if not matches then
+    if not older then return reply('unknown') end
+    if condition ~= 'any' then return conflict() end
+  end
+elseif condition == 'absent' then
+  if found.exists then return conflict() end
+elseif condition ~= 'any' then
+  if found.inexact then return reply('out_of_range', found.version) end
+  if not matches then return conflict() end
+end
+
+-- The next version: a multiple of 16, not less than now, greater than the
+-- stored one.
+local version = now + (16 - now % 16) % 16
+if found.version then
+  if beyond(found.version, MAX_RAISABLE) then return reply('out_of_range', found.version) end
+  local stored = tonumber(found.version)
+  if version <= stored then version = stored + 16 - stored % 16 end
+  if version > tonumber(MAX_RAISABLE) then return reply('out_of_range', found.version) end
+end
+version = string.format('%.0f', version)
+
+local size, digest
+if unreadable then
+  local document = redis.call('GET', key)
+  size, digest = tostring(#document), redis.sha1hex(document)
+end
+
+local document = head .. version .. '},"version":' .. version .. '}'
+local left = ARGV[4] == '1' and redis.call('PTTL', key) or -1
+local done
+if left > 0 then
+  done = redis.pcall('SET', key, document, 'KEEPTTL')
+else
+  left = tonumber(ARGV[3])
+  done = redis.pcall('SET', key, document, 'PX', ARGV[3])
+end
+if done.err then return refuse(done.err) end
+return reply('written', version, expiry(left), size, digest)

@@ -1,0 +1,306 @@
+//! Versions, write ids and the clock of Redis as seen from here. No I/O.
+
+use std::{
+    fmt,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+/// The optimistic lock version of a stored group, at least 1: a hybrid logical
+/// timestamp in microseconds since 1970, always greater than the version it
+/// replaces.
+///
+/// Its low four bits say who issued it: 0 for Redis, 8 to 15 for the memory of
+/// an instance. So a version that memory issued never equals one of Redis, and
+/// a Go writer beside us, which adds 1, stays clear of both for 7 writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Version(i64);
+
+/// Issues the versions of a memory store.
+#[derive(Debug)]
+pub struct MemoryVersions {
+    /// Low four bits of every version, 8 to 15.
+    low_bits: i64,
+    /// The last version that was issued. A version never comes back, even for
+    /// a group that was deleted and created again within one microsecond.
+    last: Mutex<i64>,
+}
+
+/// Names this process in write ids, page tokens and replies: random, drawn at
+/// start, so that two runs on one host differ.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InstanceId(String);
+
+/// Makes write ids: one for each write call, unique among all instances. A
+/// write id is stored in the document, so that a write whose answer was lost
+/// is recognised.
+#[derive(Debug)]
+pub struct WriteIds {
+    instance: InstanceId,
+    next: AtomicU64,
+}
+
+/// What is known of a Redis server's clock: an interval in which its offset
+/// from our monotonic clock lies.
+///
+/// Every script reply says what time it was in Redis at some moment between
+/// the send and the receive time of that call. Each such sample bounds the
+/// offset from both sides, and samples are intersected. All times are
+/// microseconds, local ones since any fixed moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct IntervalClock {
+    offset: Option<OffsetInterval>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct OffsetInterval {
+    /// Redis time minus local time is at least this,
+    lowest: i64,
+    /// and at most this,
+    highest: i64,
+    /// as of this local time; clocks drift apart afterwards.
+    as_of: i64,
+}
+
+// === impl Version ===
+
+impl Version {
+    /// The greatest version a write may replace or issue: Lua's numbers are
+    /// exact up to here.
+    pub const MAX_RAISABLE: i64 = 1 << 53;
+
+    /// What a document without a version, or with version 0, counts as.
+    pub const FIRST: Self = Self(1);
+
+    /// None if `version` is less than 1.
+    pub fn new(version: i64) -> Option<Self> {
+        (version >= 1).then_some(Self(version))
+    }
+
+    pub fn get(self) -> i64 {
+        self.0
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+// === impl MemoryVersions ===
+
+impl MemoryVersions {
+    /// A new version lies up to this many steps of 16 past the least possible
+    /// one, at random, so that two instances with equal low bits do not meet.
+    const RANDOM_STEPS: i64 = 4_096;
+
+    pub fn new() -> Self {
+        Self {
+            low_bits: rand::random_range(8..16),
+            last: Mutex::new(0),
+        }
+    }
+
+    /// The version of a write that replaces `previous`. None when `previous`
+    /// cannot be raised any more.
+    pub fn next(&self, previous: Option<Version>, now_micros: i64) -> Option<Version> {
+        let random_steps = rand::random_range(0..Self::RANDOM_STEPS);
+        // Nothing panics while the lock is held, and a number cannot be left
+        // half written.
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let at_least = previous.map_or(0, Version::get).max(*last).max(now_micros);
+        if at_least >= Version::MAX_RAISABLE {
+            return None;
+        }
+        let version = (at_least / 16 + 1 + random_steps) * 16 + self.low_bits;
+        if version > Version::MAX_RAISABLE {
+            return None;
+        }
+        *last = version;
+        Version::new(version)
+    }
+}
+
+impl Default for MemoryVersions {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+// === impl InstanceId ===
+
+impl InstanceId {
+    pub fn random() -> Self {
+        Self(format!("{:012x}", rand::random::<u64>() >> 16))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+// === impl WriteIds ===
+
+impl WriteIds {
+    pub fn new(instance: InstanceId) -> Self {
+        Self {
+            instance,
+            next: AtomicU64::new(1),
+        }
+    }
+
+    /// Letters, digits and a dash; at most 29 bytes.
+    pub fn next(&self) -> String {
+        let count = self.next.fetch_add(1, Ordering::Relaxed);
+        format!("{}-{count:x}", self.instance.as_str())
+    }
+}
+
+// === impl IntervalClock ===
+
+impl IntervalClock {
+    /// How fast the two clocks may drift apart, in microseconds a second: twice
+    /// the 500 ppm that NTP daemons slew by at most.
+    const DRIFT_PPM: i64 = 1_000;
+
+    /// Takes in a reply that was asked for at `sent`, came at `received`, and
+    /// says that it was `remote` in Redis.
+    pub fn observe(&mut self, sent: i64, received: i64, remote: i64) {
+        let sample = OffsetInterval {
+            lowest: remote - received,
+            // The remote clock counts whole microseconds, rounded down.
+            highest: remote + 1 - sent,
+            as_of: received,
+        };
+        self.offset = Some(match self.offset {
+            None => sample,
+            Some(known) => {
+                let known = known.at(received);
+                let lowest = known.lowest.max(sample.lowest);
+                let highest = known.highest.min(sample.highest);
+                if lowest <= highest {
+                    OffsetInterval {
+                        lowest,
+                        highest,
+                        as_of: received,
+                    }
+                } else {
+                    // The remote clock was set: only the newest sample counts.
+                    sample
+                }
+            }
+        });
+    }
+
+    /// What Redis's clock shows at least when ours shows `local`. None before
+    /// the first reply.
+    pub fn earliest_remote(&self, local: i64) -> Option<i64> {
+        self.offset.map(|offset| local + offset.at(local).lowest)
+    }
+
+    /// Forgets everything: the connection may lead to another server now.
+    pub fn forget(&mut self) {
+        self.offset = None;
+    }
+}
+
+// === impl OffsetInterval ===
+
+impl OffsetInterval {
+    /// The interval as it stands at `local`, widened by drift. For an earlier
+    /// `local` too: replies do not come in the order in which they are taken in.
+    fn at(self, local: i64) -> Self {
+        let drift = (local - self.as_of).abs() * IntervalClock::DRIFT_PPM / 1_000_000 + 1;
+        Self {
+            lowest: self.lowest - drift,
+            highest: self.highest + drift,
+            as_of: self.as_of,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn memory_versions_rise_and_never_look_like_those_of_redis() {
+        let versions = MemoryVersions::new();
+        let mut previous = None;
+        for now in [1_000, 1_000, 5, 2_000_000, 1 << 50] {
+            let version = versions.next(previous, now).unwrap();
+            assert!(Some(version) > previous);
+            assert!(version.get() >= now);
+            assert!((8..16).contains(&(version.get() % 16)));
+            previous = Some(version);
+        }
+    }
+
+    #[test]
+    fn a_memory_version_does_not_come_back_after_a_delete() {
+        let versions = MemoryVersions::new();
+        let deleted = versions.next(None, 1_000).unwrap();
+        assert!(versions.next(None, 1_000).unwrap() > deleted);
+    }
+
+    #[test]
+    fn a_version_that_cannot_be_raised_is_refused() {
+        let versions = MemoryVersions::new();
+        let huge = Version::new(Version::MAX_RAISABLE + 1);
+        assert_eq!(versions.next(huge, 1_000), None);
+        assert!(versions.next(None, 1_000).is_some());
+    }
+
+    #[test]
+    fn write_ids_differ() {
+        let ids = WriteIds::new(InstanceId::random());
+        let (a, b) = (ids.next(), ids.next());
+        assert_ne!(a, b);
+        assert!(a.len() <= 29 && a.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'-'));
+    }
+
+    #[test]
+    fn a_clock_that_was_set_is_learned_anew() {
+        let mut clock = IntervalClock::default();
+        assert_eq!(clock.earliest_remote(0), None);
+        clock.observe(0, 100, 1_000_000);
+        clock.observe(200, 300, 500_000);
+        let earliest = clock.earliest_remote(300).unwrap();
+        assert!((499_900..=500_000).contains(&earliest), "{earliest}");
+        clock.forget();
+        assert_eq!(clock.earliest_remote(300), None);
+    }
+
+    proptest! {
+        /// Whatever the delays of request and reply, and however the clocks
+        /// drift: the remote clock never shows less than `earliest_remote`, so
+        /// a deadline made from it never lies after the local moment it is for.
+        #[test]
+        fn earliest_remote_is_never_late(
+            offset in -1_000_000_000_000i64..1_000_000_000_000,
+            drift_ppm in -900i64..900,
+            calls in prop::collection::vec(
+                (0i64..60_000_000, 0i64..2_000_000, 0i64..2_000_000), 1..40),
+            later in 0i64..600_000_000,
+        ) {
+            let remote_at = |local: i64| local + offset + local * drift_ppm / 1_000_000;
+            let mut clock = IntervalClock::default();
+            let mut local = 0;
+            for (pause, request_delay, reply_delay) in calls {
+                let sent = local + pause;
+                let executed = sent + request_delay;
+                let received = executed + reply_delay;
+                clock.observe(sent, received, remote_at(executed));
+                for moment in [received, received + later] {
+                    let earliest = clock.earliest_remote(moment).unwrap();
+                    prop_assert!(earliest <= remote_at(moment));
+                }
+                local = received;
+            }
+        }
+    }
+}

