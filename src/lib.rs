@@ -1,16 +1,26 @@
 //! groupstate keeps the state of alert groups for the replicas of an
 //! alert-history service: a gRPC server over Redis or over memory.
 //!
-//! The modules, as a request travels:
+//! The modules, as a request travels; each knows only those below it:
 //!
-//! - [`store`]: the store contract, and the stores
-//! - [`document`]: the JSON document of a group
-//! - [`group`]: the domain
-//! - [`version`]: versions, write ids, the clock of Redis
+//! | module | what is in it |
+//! |---|---|
+//! | [`config`] | every setting, its default, its check |
+//! | [`telemetry`] | logs |
+//! | [`server`] | puts the parts together; start and graceful stop |
+//! | [`grpc`] | the protobuf surface |
+//! | [`store`] | the store contract, and the stores |
+//! | [`document`] | the JSON document of a group |
+//! | [`group`] | the domain |
+//! | [`version`] | versions, write ids, the clock of Redis |
 
 #![forbid(unsafe_code)]
 
+pub mod config;
 pub mod document;
 pub mod group;
+pub mod grpc;
+pub mod server;
 pub mod store;
+pub mod telemetry;
 pub mod version;

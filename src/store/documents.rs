@@ -211,7 +211,7 @@ impl<S: DocumentStore> GroupStore for Documents<S> {
             WriteOutcome::Written(written) => Swap::Swapped(written),
             WriteOutcome::Conflict { current } => Swap::Lost {
                 current: match current {
-                    Some(document) => Some(parse(backend, &document)?),
+                    Some(document) => Some(Box::new(parse(backend, &document)?)),
                     None => None,
                 },
             },

@@ -219,7 +219,7 @@ pub enum Swap {
     Swapped(Written),
     /// The race was lost; here is what is stored now.
     Lost {
-        current: Option<AlertGroup>,
+        current: Option<Box<AlertGroup>>,
     },
 }
 

@@ -2,6 +2,7 @@
 //! knows when to repeat a call.
 
 use std::{
+    fmt,
     future::Future,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -25,8 +26,8 @@ use crate::{
     version::IntervalClock,
 };
 
-/// Where Redis is and how to reach it.
-#[derive(Clone, Debug)]
+/// Where Redis is and how to reach it. Its debug form holds no credentials.
+#[derive(Clone)]
 pub struct RedisSettings {
     config: Config,
     pool_size: usize,
@@ -34,7 +35,7 @@ pub struct RedisSettings {
 }
 
 /// Connections to Redis, and what is known of its clock. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Connections {
     pool: Pool,
     /// The time one command gets at most.
@@ -56,7 +57,6 @@ pub struct Connections {
 /// }
 /// Err(attempts.exhausted())
 /// ```
-#[derive(Debug)]
 pub struct Attempts<'a> {
     connections: &'a Connections,
     deadline: Deadline,
@@ -69,7 +69,6 @@ pub struct Attempts<'a> {
 }
 
 /// One attempt at a call.
-#[derive(Clone, Debug)]
 pub struct Attempt {
     pub client: Client,
     pub sent: Instant,
@@ -109,6 +108,17 @@ impl RedisSettings {
     /// Replaces the password of the URL.
     pub fn set_password(&mut self, password: String) {
         self.config.password = Some(password);
+    }
+}
+
+impl fmt::Debug for RedisSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RedisSettings")
+            .field("server", &self.config.server)
+            .field("username", &self.config.username)
+            .field("pool_size", &self.pool_size)
+            .field("timeout", &self.timeout)
+            .finish_non_exhaustive()
     }
 }
 

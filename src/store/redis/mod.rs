@@ -37,7 +37,7 @@ use crate::{
 const BACKEND: Backend = Backend::Redis;
 
 /// Keeps documents in Redis.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct RedisStore {
     connections: Connections,
     keys: KeySpace,

@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// The keys of the service in Redis. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct KeySpace {
     connections: Connections,
     /// What every key of ours begins with.

@@ -1,0 +1,363 @@
+//! Every setting, its default and its check. `--help` is the reference.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use bytesize::ByteSize;
+use clap::Parser;
+
+use crate::{grpc::validation::MIN_TTL, store::redis::RedisSettings};
+
+/// Keeps the state of alert groups for the replicas of an alert-history
+/// service, in Redis or in memory, and serves it over gRPC.
+///
+/// Durations are written as 250ms, 5s or 24h, sizes as 256MiB. Each setting is
+/// a flag or an environment variable; the flag wins.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "groupstate", version, max_term_width = 100)]
+pub struct Settings {
+    /// Address of the gRPC server. Port 0 takes any free port.
+    #[arg(
+        long,
+        env = "GROUPSTATE_GRPC_ADDR",
+        value_name = "ADDRESS",
+        default_value = "0.0.0.0:50051"
+    )]
+    pub grpc_addr: SocketAddr,
+
+    /// Where Redis is, as redis://[[user]:password@]host[:port][/database]. Without it, groups are
+    /// kept in memory and do not survive a restart.
+    #[arg(
+        long,
+        env = "GROUPSTATE_REDIS_URL",
+        value_name = "URL",
+        hide_env_values = true
+    )]
+    pub redis_url: Option<String>,
+
+    /// Connections to Redis.
+    #[arg(long, env = "GROUPSTATE_REDIS_POOL_SIZE", value_name = "COUNT", default_value_t = 4,
+          value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub redis_pool_size: u16,
+
+    /// Time that one Redis command gets at most.
+    #[arg(long, env = "GROUPSTATE_REDIS_TIMEOUT", value_name = "DURATION", default_value = "250ms",
+          value_parser = positive_duration)]
+    pub redis_timeout: Duration,
+
+    /// ACL user for Redis; takes the place of the one in the URL.
+    #[arg(
+        long,
+        env = "GROUPSTATE_REDIS_USERNAME",
+        value_name = "NAME",
+        requires = "redis_url"
+    )]
+    pub redis_username: Option<String>,
+
+    /// File with the password for Redis; takes the place of the one in the URL. A line break at its
+    /// end is not part of the password.
+    #[arg(
+        long,
+        env = "GROUPSTATE_REDIS_PASSWORD_FILE",
+        value_name = "FILE",
+        requires = "redis_url"
+    )]
+    pub redis_password_file: Option<PathBuf>,
+
+    /// What every key of ours in Redis begins with.
+    #[arg(long, env = "GROUPSTATE_KEY_PREFIX", value_name = "TEXT", default_value = "group:",
+          value_parser = key_prefix)]
+    pub key_prefix: String,
+
+    /// When a group expires whose writer does not say; at least 1s.
+    #[arg(long, env = "GROUPSTATE_DEFAULT_TTL", value_name = "DURATION", default_value = "24h",
+          value_parser = duration)]
+    pub default_ttl: Duration,
+
+    /// The longest time to live that a writer may ask for.
+    #[arg(long, env = "GROUPSTATE_MAX_TTL", value_name = "DURATION", default_value = "30d",
+          value_parser = duration)]
+    pub max_ttl: Duration,
+
+    /// Memory that groups may take in this process, keys and overhead included.
+    #[arg(long, env = "GROUPSTATE_MIRROR_MAX_BYTES", value_name = "SIZE", default_value = "256MiB",
+          value_parser = size)]
+    pub mirror_max_bytes: usize,
+
+    /// Longest group key, in bytes of UTF-8; at most 4096.
+    #[arg(long, env = "GROUPSTATE_MAX_KEY_BYTES", value_name = "SIZE", default_value = "4096",
+          value_parser = key_size)]
+    pub max_key_bytes: usize,
+
+    /// Largest group, as a JSON document.
+    #[arg(long, env = "GROUPSTATE_MAX_DOCUMENT_BYTES", value_name = "SIZE", default_value = "1MiB",
+          value_parser = size)]
+    pub max_document_bytes: usize,
+
+    /// Most alerts in one group.
+    #[arg(long, env = "GROUPSTATE_MAX_ALERTS_PER_GROUP", value_name = "COUNT", default_value = "10000",
+          value_parser = count)]
+    pub max_alerts_per_group: usize,
+
+    /// Most groups in one StoreAll.
+    #[arg(long, env = "GROUPSTATE_MAX_GROUPS_PER_BATCH", value_name = "COUNT", default_value = "1000",
+          value_parser = count)]
+    pub max_groups_per_batch: usize,
+
+    /// Largest request message.
+    #[arg(long, env = "GROUPSTATE_MAX_REQUEST_BYTES", value_name = "SIZE", default_value = "16MiB",
+          value_parser = size)]
+    pub max_request_bytes: usize,
+
+    /// Calls that are worked on at once; more are refused. Health calls do not count.
+    #[arg(long, env = "GROUPSTATE_MAX_CONCURRENT_CALLS", value_name = "COUNT", default_value = "4096",
+          value_parser = count)]
+    pub max_concurrent_calls: usize,
+
+    /// Calls at once on one connection; a client waits with further ones.
+    #[arg(long, env = "GROUPSTATE_MAX_STREAMS_PER_CONNECTION", value_name = "COUNT", default_value_t = 1024,
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_streams_per_connection: u32,
+
+    /// ListKeys, Size and LoadAll calls at once; more are refused.
+    #[arg(long, env = "GROUPSTATE_MAX_SCANS", value_name = "COUNT", default_value = "4", value_parser = count)]
+    pub max_scans: usize,
+
+    /// How long health says NOT_SERVING before the server stops to take calls, after SIGTERM.
+    #[arg(long, env = "GROUPSTATE_SHUTDOWN_DELAY", value_name = "DURATION", default_value = "5s",
+          value_parser = duration)]
+    pub shutdown_delay: Duration,
+
+    /// How long calls in flight may go on after that.
+    #[arg(long, env = "GROUPSTATE_SHUTDOWN_TIMEOUT", value_name = "DURATION", default_value = "20s",
+          value_parser = duration)]
+    pub shutdown_timeout: Duration,
+
+    /// The least severe log events that are written.
+    #[arg(
+        long,
+        env = "GROUPSTATE_LOG_LEVEL",
+        value_name = "LEVEL",
+        default_value = "info"
+    )]
+    pub log_level: LogLevel,
+
+    /// Form of the log on standard error: auto is text on a terminal, else JSON.
+    #[arg(
+        long,
+        env = "GROUPSTATE_LOG_FORMAT",
+        value_name = "FORMAT",
+        default_value = "auto"
+    )]
+    pub log_format: LogFormat,
+}
+
+/// See `--log-level`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+/// See `--log-format`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    Auto,
+    Json,
+    Text,
+}
+
+// === impl Settings ===
+
+impl Settings {
+    /// Reads the command line and the environment. `Err` holds what to print
+    /// and the exit code: 2 and one line for a bad setting, 0 for `--help`.
+    pub fn read<I, T>(arguments: I) -> Result<Self, (String, u8)>
+    where
+        I: IntoIterator<Item = T>,
+        T: Into<std::ffi::OsString> + Clone,
+    {
+        let settings = Self::try_parse_from(arguments).map_err(|error| {
+            let text = error.render();
+            if error.use_stderr() {
+                (one_line(&text.to_string()), 2)
+            } else {
+                (text.ansi().to_string(), 0)
+            }
+        })?;
+        settings
+            .check()
+            .map_err(|error| (format!("error: {error}"), 2))?;
+        Ok(settings)
+    }
+
+    /// Checks what no setting shows alone.
+    fn check(&self) -> Result<(), String> {
+        if self.default_ttl < MIN_TTL {
+            return Err("--default-ttl must be at least 1s".into());
+        }
+        if self.max_ttl < self.default_ttl {
+            return Err("--max-ttl must not be less than --default-ttl".into());
+        }
+        self.redis().map(|_| ())
+    }
+
+    /// How to reach Redis; None without `--redis-url`. Reads the password file.
+    pub fn redis(&self) -> Result<Option<RedisSettings>, String> {
+        let Some(url) = &self.redis_url else {
+            return Ok(None);
+        };
+        let pool_size = usize::from(self.redis_pool_size);
+        let mut redis = RedisSettings::new(url, pool_size, self.redis_timeout)
+            .map_err(|error| format!("--redis-url: {error}"))?;
+        if let Some(username) = &self.redis_username {
+            redis.set_username(username.clone());
+        }
+        if let Some(file) = &self.redis_password_file {
+            let password = std::fs::read_to_string(file)
+                .map_err(|error| format!("--redis-password-file {}: {error}", file.display()))?;
+            let password = password.trim_end_matches(['\r', '\n']);
+            if password.is_empty() {
+                return Err(format!(
+                    "--redis-password-file {}: is empty",
+                    file.display()
+                ));
+            }
+            redis.set_password(password.to_owned());
+        }
+        Ok(Some(redis))
+    }
+}
+
+/// clap explains an error in several lines; the first says what is wrong.
+fn one_line(text: &str) -> String {
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let first = lines.next().unwrap_or("error: bad settings").to_owned();
+    if first.ends_with(':') {
+        // The names of missing or conflicting settings stand on the next line.
+        return format!("{first} {}", lines.next().unwrap_or_default());
+    }
+    first
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|_| "write it as 250ms, 5s or 24h".to_owned())
+}
+
+fn positive_duration(text: &str) -> Result<Duration, String> {
+    let duration = duration(text)?;
+    if duration < Duration::from_millis(1) {
+        return Err("must be at least 1ms".into());
+    }
+    Ok(duration)
+}
+
+fn size(text: &str) -> Result<usize, String> {
+    let size: ByteSize = text
+        .parse()
+        .map_err(|_| "write it as 4096, 64KiB or 256MiB".to_owned())?;
+    let bytes = usize::try_from(size.as_u64()).map_err(|_| "is too large".to_owned())?;
+    if bytes == 0 {
+        return Err("must not be 0".into());
+    }
+    Ok(bytes)
+}
+
+fn key_size(text: &str) -> Result<usize, String> {
+    let bytes = size(text)?;
+    if bytes > 4_096 {
+        return Err("must be at most 4096".into());
+    }
+    Ok(bytes)
+}
+
+fn count(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must not be 0".into()),
+        // The most that a semaphore takes.
+        Ok(count) if count <= u32::MAX as usize => Ok(count),
+        _ => Err("must be a whole number".into()),
+    }
+}
+
+fn key_prefix(text: &str) -> Result<String, String> {
+    if text.is_empty() || text.chars().any(char::is_control) {
+        return Err("must not be empty or hold control characters".into());
+    }
+    Ok(text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(arguments: &[&str]) -> Result<Settings, (String, u8)> {
+        Settings::read(["groupstate"].iter().chain(arguments))
+    }
+
+    #[test]
+    fn the_defaults_are_those_of_the_reference() {
+        let settings = read(&[]).unwrap();
+        assert_eq!(settings.grpc_addr.to_string(), "0.0.0.0:50051");
+        assert_eq!(settings.default_ttl, Duration::from_secs(24 * 3_600));
+        assert_eq!(settings.max_ttl, Duration::from_secs(30 * 24 * 3_600));
+        assert_eq!(settings.mirror_max_bytes, 256 << 20);
+        assert_eq!(settings.max_document_bytes, 1 << 20);
+        assert_eq!(settings.max_request_bytes, 16 << 20);
+        assert!(settings.redis().unwrap().is_none());
+    }
+
+    #[test]
+    fn a_bad_setting_is_one_line_that_names_it() {
+        for (arguments, named) in [
+            (&["--redis-timeout", "fast"][..], "--redis-timeout"),
+            (&["--redis-timeout", "0s"], "--redis-timeout"),
+            (&["--max-key-bytes", "5000"], "--max-key-bytes"),
+            (&["--max-scans", "0"], "--max-scans"),
+            (&["--max-scans", "99999999999"], "--max-scans"),
+            (&["--mirror-max-bytes", "lots"], "--mirror-max-bytes"),
+            (&["--mirror-max-bytes=-1"], "--mirror-max-bytes"),
+            (&["--key-prefix", ""], "--key-prefix"),
+            (&["--default-ttl", "100ms"], "--default-ttl"),
+            (&["--default-ttl", "10d", "--max-ttl", "1d"], "--max-ttl"),
+            (&["--redis-url", "localhost"], "--redis-url"),
+            (&["--redis-url", "redis-cluster://localhost"], "--redis-url"),
+            (&["--redis-username", "x"], "--redis-url"),
+            (&["--log-level", "loud"], "--log-level"),
+            (&["--no-such-setting"], "--no-such-setting"),
+            (&["--grpc-addr", "here"], "--grpc-addr"),
+        ] {
+            let (text, code) = read(arguments).unwrap_err();
+            assert_eq!((text.lines().count(), code), (1, 2), "{text}");
+            assert!(
+                text.starts_with("error: ") && text.contains(named),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_password_is_never_repeated() {
+        for url in [
+            "redis://u:s3cret@host:notaport",
+            "http://u:s3cret@h",
+            "redis://:s3cret@",
+        ] {
+            if let Err((text, _)) = read(&["--redis-url", url]) {
+                assert!(!text.contains("s3cret"), "{text}");
+            }
+        }
+        let settings = read(&["--redis-url", "redis://u:s3cret@host"]).unwrap();
+        let redis = settings.redis().unwrap().unwrap();
+        assert!(!format!("{redis:?}").contains("s3cret"));
+    }
+
+    #[test]
+    fn help_names_every_setting_and_is_no_error() {
+        let (text, code) = read(&["--help"]).unwrap_err();
+        assert_eq!(code, 0);
+        assert!(text.contains("--redis-url") && text.contains("GROUPSTATE_REDIS_URL"));
+    }
+}

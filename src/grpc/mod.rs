@@ -1,0 +1,22 @@
+//! The protobuf surface: nothing below knows gRPC, nothing above knows how
+//! groups are stored.
+//!
+//! A call passes the [`envelope`] (request id, deadline, load shedding,
+//! panics), then the [`service`]: [`validation`] turns the request into the
+//! domain, the store answers, [`convert`] turns the answer into a reply, and
+//! [`status`] turns whatever went wrong into a status.
+
+mod convert;
+pub mod envelope;
+pub mod service;
+mod status;
+pub mod validation;
+
+/// The generated messages, server and client.
+pub mod proto {
+    #![allow(missing_docs, clippy::pedantic, reason = "generated code")]
+    tonic::include_proto!("groupstate.v1");
+}
+
+/// The compiled proto, for reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.binpb"));

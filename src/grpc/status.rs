@@ -1,0 +1,270 @@
+//! From whatever went wrong to a gRPC status: the only place that knows codes,
+//! reasons and details.
+
+use std::{collections::HashMap, time::Duration};
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use super::proto::{self as pb, ErrorReason};
+use crate::store::{Backend, StoreError};
+
+const DOMAIN: &str = "groupstate";
+
+/// An error as the caller will see it.
+#[derive(Clone, Debug)]
+pub struct CallError {
+    pub code: Code,
+    pub reason: ErrorReason,
+    message: String,
+    /// Field and description of each, of an `INVALID_ARGUMENT`.
+    violations: Vec<(String, String)>,
+    /// Further metadata of the `ErrorInfo`.
+    metadata: Vec<(&'static str, String)>,
+    /// When it makes sense to try again.
+    retry_after: Option<Duration>,
+    /// Who answered, where it is known.
+    backend: Option<Backend>,
+}
+
+// === impl CallError ===
+
+impl CallError {
+    /// A status has to fit into HTTP/2 headers.
+    const MAX_MESSAGE_BYTES: usize = 1_000;
+
+    const RETRY_AFTER: Duration = Duration::from_millis(500);
+
+    fn new(code: Code, reason: ErrorReason, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            reason,
+            message: message.into(),
+            violations: Vec::new(),
+            metadata: Vec::new(),
+            retry_after: None,
+            backend: None,
+        }
+    }
+
+    pub fn invalid(violations: Vec<(String, String)>) -> Self {
+        let message = violations
+            .iter()
+            .map(|(field, description)| format!("{field}: {description}"))
+            .collect::<Vec<_>>()
+            .join("; ");
+        Self {
+            violations,
+            ..Self::new(Code::InvalidArgument, ErrorReason::InvalidField, message)
+        }
+    }
+
+    pub fn malformed(what: &str) -> Self {
+        let message = format!("the request is not a message of its type: {what}");
+        Self::new(
+            Code::InvalidArgument,
+            ErrorReason::MalformedMessage,
+            message,
+        )
+    }
+
+    pub fn duplicate_key() -> Self {
+        Self::new(
+            Code::InvalidArgument,
+            ErrorReason::DuplicateKey,
+            "this key stands more than once in the batch; send each group once",
+        )
+    }
+
+    pub fn not_found(backend: Backend) -> Self {
+        let mut error = Self::new(
+            Code::NotFound,
+            ErrorReason::GroupNotFound,
+            "no group at this key, or it has expired",
+        )
+        .answered_by(backend);
+        if backend == Backend::Memory {
+            // The memory of one instance cannot know that nobody has it.
+            error.metadata.push(("authoritative", "false".into()));
+        }
+        error
+    }
+
+    pub fn deadline_exceeded() -> Self {
+        Self::new(
+            Code::DeadlineExceeded,
+            ErrorReason::DeadlineExceeded,
+            "the deadline of the call has passed",
+        )
+    }
+
+    /// Too much at once: over the setting `limit`.
+    pub fn overloaded(limit: &'static str, most: usize) -> Self {
+        Self {
+            metadata: vec![("limit", limit.into())],
+            retry_after: Some(Self::RETRY_AFTER),
+            ..Self::new(
+                Code::ResourceExhausted,
+                ErrorReason::Overloaded,
+                format!("more than --{limit} {most} at once; try again later or raise the limit"),
+            )
+        }
+    }
+
+    pub fn message_too_large(what: &str) -> Self {
+        Self {
+            metadata: vec![("limit", "max-request-bytes".into())],
+            ..Self::new(
+                Code::ResourceExhausted,
+                ErrorReason::MessageTooLarge,
+                format!(
+                    "the request is over --max-request-bytes; split it or raise the limit ({what})"
+                ),
+            )
+        }
+    }
+
+    /// A status that tonic made by itself, in the terms of our contract. Of the
+    /// codes it uses, these contradict it.
+    pub fn of_tonic(code: Code, message: &str) -> Self {
+        match code {
+            Code::OutOfRange => Self::message_too_large(message),
+            // What it calls internal is a request that it cannot read.
+            Code::Internal | Code::InvalidArgument => Self::malformed(message),
+            Code::Unimplemented => Self::new(code, ErrorReason::Unimplemented, message),
+            Code::Cancelled => Self::new(code, ErrorReason::Cancelled, message),
+            Code::DeadlineExceeded => Self::deadline_exceeded(),
+            Code::Unavailable => Self::new(code, ErrorReason::Unavailable, message),
+            other => Self::new(other, ErrorReason::Internal, message),
+        }
+    }
+
+    /// A bug. The message says nothing of it: the log does, under the request
+    /// id.
+    pub fn internal() -> Self {
+        Self::new(Code::Internal, ErrorReason::Internal, "internal error")
+    }
+
+    /// Says who answered.
+    pub fn answered_by(mut self, backend: Backend) -> Self {
+        self.backend = Some(backend);
+        self
+    }
+
+    /// The kind of result in logs and metrics: a closed list.
+    pub fn result(&self) -> &'static str {
+        match self.code {
+            Code::NotFound => "not_found",
+            Code::InvalidArgument | Code::FailedPrecondition | Code::Unimplemented => "invalid",
+            Code::DataLoss => "unreadable",
+            Code::ResourceExhausted => "shed",
+            Code::DeadlineExceeded => "deadline",
+            Code::Unavailable => "unavailable",
+            Code::Aborted => "unknown_outcome",
+            _ => "error",
+        }
+    }
+
+    /// The status. `backend` would answer a call now; it stands in where none
+    /// has answered this one.
+    pub fn into_status(mut self, request_id: &str, backend: Backend) -> Status {
+        if self.code == Code::Internal {
+            self.message = format!("{} (request id {request_id})", self.message);
+        }
+        truncate(&mut self.message, Self::MAX_MESSAGE_BYTES);
+        let backend = self.backend.unwrap_or(backend);
+        let mut metadata = HashMap::from([
+            ("backend".to_owned(), backend.name().to_owned()),
+            ("request_id".to_owned(), request_id.to_owned()),
+        ]);
+        for (name, value) in self.metadata {
+            metadata.insert(name.to_owned(), value);
+        }
+        let mut details = ErrorDetails::with_error_info(reason_name(self.reason), DOMAIN, metadata);
+        for (field, description) in self.violations {
+            details.add_bad_request_violation(field, description);
+        }
+        if let Some(delay) = self.retry_after {
+            details.set_retry_info(Some(delay));
+        }
+        Status::with_error_details(self.code, self.message, details)
+    }
+
+    /// The error of one group inside an OK reply.
+    pub fn into_group_error(mut self, key: String) -> pb::GroupError {
+        truncate(&mut self.message, Self::MAX_MESSAGE_BYTES);
+        pb::GroupError {
+            key,
+            code: self.code.into(),
+            reason: self.reason.into(),
+            message: self.message,
+        }
+    }
+}
+
+impl From<StoreError> for CallError {
+    fn from(error: StoreError) -> Self {
+        let (code, reason) = match &error {
+            StoreError::Unreadable(_) | StoreError::NotAGroupKey(_) => {
+                (Code::DataLoss, ErrorReason::UnreadableDocument)
+            }
+            StoreError::ForeignType => (Code::FailedPrecondition, ErrorReason::ForeignType),
+            StoreError::VersionOutOfRange(_) => {
+                (Code::FailedPrecondition, ErrorReason::VersionOutOfRange)
+            }
+            StoreError::OutcomeUnknown => (Code::Aborted, ErrorReason::OutcomeUnknown),
+            StoreError::ListingRestarted => (Code::Aborted, ErrorReason::ListingRestarted),
+            StoreError::InvalidPageToken(_) => {
+                return Self::invalid(vec![("page_token".into(), error.to_string())]);
+            }
+            StoreError::DocumentTooLarge { .. } => {
+                return Self::invalid(vec![("group".into(), error.to_string())]);
+            }
+            StoreError::StoredValueTooLarge { .. } => {
+                (Code::ResourceExhausted, ErrorReason::MessageTooLarge)
+            }
+            StoreError::DeadlineExceeded => return Self::deadline_exceeded(),
+            StoreError::MemoryFull { .. } => (Code::ResourceExhausted, ErrorReason::MemoryFull),
+            StoreError::Unavailable(_) => (Code::Unavailable, ErrorReason::Unavailable),
+            StoreError::Bug(what) => {
+                tracing::error!(what, "bug");
+                return Self::internal();
+            }
+        };
+        let mut call_error = Self::new(code, reason, error.to_string());
+        match error {
+            StoreError::MemoryFull { .. } => {
+                call_error
+                    .metadata
+                    .push(("limit", "mirror-max-bytes".into()));
+                call_error.retry_after = Some(Self::RETRY_AFTER);
+            }
+            StoreError::Unavailable(_) => call_error.retry_after = Some(Self::RETRY_AFTER),
+            _ => {}
+        }
+        call_error
+    }
+}
+
+impl From<crate::store::Failure> for CallError {
+    fn from(failure: crate::store::Failure) -> Self {
+        Self::from(failure.error).answered_by(failure.backend)
+    }
+}
+
+/// The name of a reason without its prefix, as `ErrorInfo` has it.
+pub fn reason_name(reason: ErrorReason) -> &'static str {
+    reason.as_str_name().trim_start_matches("ERROR_REASON_")
+}
+
+/// Cuts a text to at most `bytes`, between two characters.
+pub fn truncate(text: &mut String, bytes: usize) {
+    if text.len() > bytes {
+        let mut end = bytes.saturating_sub('…'.len_utf8());
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        text.truncate(end);
+        text.push('…');
+    }
+}

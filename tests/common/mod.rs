@@ -1,0 +1,123 @@
+//! Real servers for the tests: each test starts what it needs on a free port
+//! and in a folder of its own, and it ends when the test ends.
+
+#![allow(dead_code, reason = "each test binary uses some of the helpers")]
+
+pub mod proxy;
+pub mod redis_server;
+pub mod service;
+
+use std::{
+    collections::BTreeMap,
+    net::{SocketAddr, TcpListener},
+    path::PathBuf,
+    process::{Child, Command},
+    time::{Duration, Instant},
+};
+
+use groupstate::group::{Alert, AlertGroup, AlertStatus, GroupKey, GroupMetadata, GroupState, Time};
+
+/// A child process that ends with this value.
+pub struct Process {
+    pub child: Child,
+}
+
+impl Process {
+    /// Starts a program that the tests need; `install` is what to do if it is
+    /// missing.
+    pub fn spawn(command: &mut Command, install: &str) -> Self {
+        let child = command.spawn().unwrap_or_else(|error| {
+            panic!(
+                "cannot start {:?}: {error}; {install}",
+                command.get_program()
+            )
+        });
+        Self { child }
+    }
+
+    /// Sends a signal by its name, such as `STOP`.
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("kill")
+            .args([&format!("-{name}"), &self.child.id().to_string()])
+            .status()
+            .expect("kill is part of every system");
+        assert!(status.success(), "kill -{name}");
+    }
+
+    /// Ends the process at once and waits until it is gone.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// An address on which nothing listens at the moment.
+pub fn free_address() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap()
+}
+
+/// A program that `make tools` has installed.
+pub fn tool(path: &str) -> PathBuf {
+    let tool = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join(".tools")
+        .join(path);
+    assert!(
+        tool.exists(),
+        "{} is missing: run `make tools`",
+        tool.display()
+    );
+    tool
+}
+
+/// Waits until `condition` holds, at most `bound`.
+pub async fn wait_until<F: Future<Output = bool>>(
+    what: &str,
+    bound: Duration,
+    mut condition: impl FnMut() -> F,
+) {
+    let begin = Instant::now();
+    while !condition().await {
+        assert!(begin.elapsed() < bound, "{what}: not within {bound:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// A group with one firing alert for each fingerprint.
+pub fn group(key: &str, fingerprints: &[&str]) -> AlertGroup {
+    AlertGroup {
+        key: GroupKey::new(key).unwrap(),
+        alerts: fingerprints
+            .iter()
+            .map(|fingerprint| (fingerprint.to_string(), alert(fingerprint)))
+            .collect(),
+        metadata: GroupMetadata {
+            state: GroupState::Firing,
+            created_at: Some(Time::parse_rfc3339("2026-11-23T05:28:03.070212258Z").unwrap()),
+            firing_count: fingerprints.len() as i32,
+            group_by: vec!["alertname".into()],
+            ..GroupMetadata::default()
+        },
+    }
+}
+
+/// A firing alert with all fields set.
+pub fn alert(fingerprint: &str) -> Alert {
+    Alert {
+        fingerprint: fingerprint.into(),
+        alert_name: "HighCPU".into(),
+        status: AlertStatus::Firing,
+        labels: BTreeMap::from([("alertname".into(), "HighCPU".into())]),
+        annotations: BTreeMap::from([("summary".into(), "CPU is \"high\" <80%> & rising".into())]),
+        starts_at: Some(Time::parse_rfc3339("2026-11-23T05:00:00Z").unwrap()),
+        ends_at: None,
+        generator_url: "http://prometheus.example/graph?g0.expr=up".into(),
+        timestamp: Some(Time::parse_rfc3339("2026-11-23T05:28:05.5Z").unwrap()),
+    }
+}

@@ -1,0 +1,112 @@
+//! A real Redis server.
+
+use std::{
+    net::SocketAddr,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use redis::{Client, aio::MultiplexedConnection};
+use tempfile::TempDir;
+
+use super::{Process, free_address};
+
+const INSTALL: &str = "run `make tools`, or as root: apt-get install redis-server";
+
+/// Keeps nothing on disk: a restart comes back empty.
+pub struct RedisServer {
+    addr: SocketAddr,
+    process: Process,
+    arguments: Vec<String>,
+    folder: TempDir,
+}
+
+impl RedisServer {
+    pub async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// With further settings, as on the command line of `redis-server`.
+    pub async fn start_with(arguments: &[&str]) -> Self {
+        let mut folder = TempDir::new().unwrap();
+        let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
+        // Another process may take the port before Redis does.
+        for _ in 0..10 {
+            let addr = free_address();
+            let mut server = Self {
+                process: spawn(addr, &arguments, &folder),
+                addr,
+                arguments: arguments.clone(),
+                folder,
+            };
+            if server.is_up().await {
+                return server;
+            }
+            folder = server.folder;
+        }
+        panic!("redis-server does not start");
+    }
+
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    pub fn url(&self) -> String {
+        format!("redis://{}", self.addr)
+    }
+
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// A connection of an independent client.
+    pub async fn connect(&self) -> MultiplexedConnection {
+        let client = Client::open(self.url()).unwrap();
+        client.get_multiplexed_async_connection().await.unwrap()
+    }
+
+    /// Ends it as by `kill -9`.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Starts it again on the same port, if need be after ending it.
+    pub async fn restart(&mut self) {
+        self.process.kill();
+        self.process = spawn(self.addr, &self.arguments, &self.folder);
+        assert!(self.is_up().await, "redis-server does not start again");
+    }
+
+    /// Waits until it answers; false if it ended instead.
+    async fn is_up(&mut self) -> bool {
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_secs(10) {
+            if self.process.child.try_wait().unwrap().is_some() {
+                return false;
+            }
+            if let Ok(client) = Client::open(self.url())
+                && let Ok(mut connection) = client.get_multiplexed_async_connection().await
+                && redis::cmd("PING")
+                    .query_async::<String>(&mut connection)
+                    .await
+                    .is_ok()
+            {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        false
+    }
+}
+
+fn spawn(addr: SocketAddr, arguments: &[String], folder: &TempDir) -> Process {
+    let mut command = Command::new("redis-server");
+    command
+        .args(["--bind", "127.0.0.1", "--port", &addr.port().to_string()])
+        .args(["--save", "", "--appendonly", "no"])
+        .args(["--dir", &folder.path().display().to_string()])
+        .args(arguments)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    Process::spawn(&mut command, INSTALL)
+}

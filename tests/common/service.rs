@@ -1,0 +1,123 @@
+//! The service as a process: the binary that is shipped.
+
+use std::{
+    io::{BufRead, BufReader},
+    process::{Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use groupstate::grpc::proto::group_state_service_client::GroupStateServiceClient;
+use tonic::transport::{Channel, Endpoint};
+
+use super::Process;
+
+pub type Client = GroupStateServiceClient<Channel>;
+
+/// A running service on a free port, and its log.
+pub struct Service {
+    process: Process,
+    addr: String,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Service {
+    /// Starts the service with these settings and waits until it serves.
+    pub fn start(arguments: &[&str]) -> Self {
+        Self::start_on("127.0.0.1:0", arguments)
+    }
+
+    /// The same on an address of one's own choice.
+    pub fn start_on(addr: &str, arguments: &[&str]) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_groupstate"));
+        command
+            .args(["--grpc-addr", addr, "--log-format", "json"])
+            .args(arguments)
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        let mut process = Process::spawn(&mut command, "cargo builds it");
+        let stderr = BufReader::new(process.child.stderr.take().unwrap());
+        let log: Arc<Mutex<Vec<String>>> = Arc::default();
+        let lines = log.clone();
+        std::thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                lines.lock().unwrap().push(line);
+            }
+        });
+        let mut service = Self {
+            process,
+            addr: String::new(),
+            log,
+        };
+        let serving = service.wait_for_log("serving gRPC", Duration::from_secs(20));
+        let event: serde_json::Value = serde_json::from_str(&serving).unwrap();
+        service.addr = event["addr"].as_str().unwrap().to_owned();
+        service
+    }
+
+    /// `host:port` of the gRPC server.
+    pub fn addr(&self) -> &str {
+        &self.addr
+    }
+
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// A client on a connection of its own.
+    pub async fn client(&self) -> Client {
+        let endpoint = Endpoint::from_shared(format!("http://{}", self.addr)).unwrap();
+        Client::new(endpoint.connect().await.unwrap())
+    }
+
+    /// The log so far.
+    pub fn log(&self) -> Vec<String> {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// Waits for a line that contains `text`, and returns it.
+    pub fn wait_for_log(&self, text: &str, bound: Duration) -> String {
+        let begin = Instant::now();
+        loop {
+            if let Some(line) = self.log().iter().find(|line| line.contains(text)) {
+                return line.clone();
+            }
+            assert!(
+                begin.elapsed() < bound,
+                "the log does not say {text:?}: {:#?}",
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Waits until the process has ended.
+    pub fn wait_for_exit(&mut self, bound: Duration) -> ExitStatus {
+        let begin = Instant::now();
+        loop {
+            if let Some(status) = self.process.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(begin.elapsed() < bound, "still running: {:#?}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Memory that the process holds, in bytes (its resident set size).
+    pub fn resident_bytes(&self) -> usize {
+        let path = format!("/proc/{}/status", self.process.child.id());
+        let status = std::fs::read_to_string(path).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+        let kib: usize = line
+            .and_then(|line| line.split_whitespace().nth(1))
+            .and_then(|kib| kib.parse().ok())
+            .expect("Linux says it in KiB");
+        kib * 1024
+    }
+}
