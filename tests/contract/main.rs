@@ -1,0 +1,96 @@
+//! The store contract, against every store.
+//!
+//! `suite.rs` holds what every store promises; a new store is a new line below.
+//! The other files hold what only Redis can show: documents of other writers,
+//! lost replies, restarts.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod documents;
+mod listing;
+mod lost_replies;
+mod suite;
+
+use std::{sync::Arc, time::Duration};
+
+use common::redis_server::RedisServer;
+use groupstate::{
+    store::{
+        GroupStore,
+        documents::Documents,
+        memory::MemoryStore,
+        redis::{RedisSettings, RedisStore},
+    },
+    version::{InstanceId, WriteIds},
+};
+use tokio::time::Instant;
+
+const MAX_DOCUMENT_BYTES: usize = 1 << 20;
+
+/// A memory store of 256 MiB.
+async fn memory_store() -> (Arc<dyn GroupStore>, ()) {
+    let instance = InstanceId::random();
+    let write_ids = Arc::new(WriteIds::new(instance.clone()));
+    let store = MemoryStore::new(256 << 20, instance, write_ids);
+    tokio::spawn(store.clone().sweep_forever());
+    (Arc::new(Documents::new(store, MAX_DOCUMENT_BYTES)), ())
+}
+
+/// A Redis store on a Redis of its own.
+async fn redis_store() -> (Arc<dyn GroupStore>, RedisServer) {
+    let server = RedisServer::start().await;
+    (store_at(&server.url(), Duration::from_millis(250)).await, server)
+}
+
+/// A store on the Redis at `url`. Each is an instance of its own.
+async fn store_at(url: &str, timeout: Duration) -> Arc<dyn GroupStore> {
+    let settings = RedisSettings::new(url, 2, timeout).unwrap();
+    let write_ids = Arc::new(WriteIds::new(InstanceId::random()));
+    let store = RedisStore::open(&settings, "group:", MAX_DOCUMENT_BYTES, write_ids).unwrap();
+    assert!(store.wait(Instant::now() + Duration::from_secs(5)).await);
+    Arc::new(Documents::new(store, MAX_DOCUMENT_BYTES))
+}
+
+/// Runs the whole suite against each of some stores.
+macro_rules! every_store_keeps_the_contract {
+    ($($store:ident),*) => {$(
+        mod $store {
+            every_store_keeps_the_contract!(@tests $store:
+                a_stored_group_is_loaded_as_it_was,
+                the_last_write_wins_and_versions_rise,
+                an_absent_group_is_none,
+                create_only_does_not_overwrite,
+                a_swap_replaces_only_the_expected_version,
+                a_lost_race_gives_the_current_group,
+                a_swap_of_an_absent_group_is_lost,
+                delete_is_idempotent,
+                delete_of_another_version_deletes_nothing,
+                a_version_does_not_come_back_after_a_delete,
+                a_version_does_not_come_back_after_an_expiry,
+                a_group_expires,
+                keep_ttl_keeps_what_is_left,
+                keep_ttl_of_a_new_group_is_the_default,
+                a_group_called_index_is_a_group,
+                strange_keys_are_ordinary_keys,
+                a_prefix_is_taken_as_it_is,
+                ten_thousand_keys_are_paged_while_others_are_written,
+                a_foreign_page_token_is_refused,
+                sixty_four_tasks_increment_one_group_and_lose_nothing,
+                store_all_answers_each_group_in_order,
+                a_group_that_is_too_large_is_refused,
+                load_all_gives_every_group_once,
+                load_all_of_nothing_is_complete,
+            );
+        }
+    )*};
+    (@tests $store:ident: $($test:ident),* $(,)?) => {$(
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn $test() {
+            let (store, _server) = super::$store().await;
+            super::suite::$test(store).await;
+        }
+    )*};
+}
+
+every_store_keeps_the_contract!(memory_store, redis_store);
