@@ -184,7 +184,7 @@ impl Settings {
             if error.use_stderr() {
                 (one_line(&text.to_string()), 2)
             } else {
-                (text.ansi().to_string(), 0)
+                (text.to_string().trim_end().to_owned(), 0)
             }
         })?;
         settings
@@ -206,7 +206,8 @@ impl Settings {
 
     /// How to reach Redis; None without `--redis-url`. Reads the password file.
     pub fn redis(&self) -> Result<Option<RedisSettings>, String> {
-        let Some(url) = &self.redis_url else {
+        // Compose files leave a variable empty where they mean "not set".
+        let Some(url) = self.redis_url.as_ref().filter(|url| !url.is_empty()) else {
             return Ok(None);
         };
         let pool_size = usize::from(self.redis_pool_size);
@@ -307,6 +308,7 @@ mod tests {
         assert_eq!(settings.max_document_bytes, 1 << 20);
         assert_eq!(settings.max_request_bytes, 16 << 20);
         assert!(settings.redis().unwrap().is_none());
+        assert!(read(&["--redis-url="]).unwrap().redis().unwrap().is_none());
     }
 
     #[test]
@@ -324,6 +326,7 @@ mod tests {
             (&["--default-ttl", "10d", "--max-ttl", "1d"], "--max-ttl"),
             (&["--redis-url", "localhost"], "--redis-url"),
             (&["--redis-url", "redis-cluster://localhost"], "--redis-url"),
+            (&["--redis-url", "rediss://localhost"], "--redis-url"),
             (&["--redis-username", "x"], "--redis-url"),
             (&["--log-level", "loud"], "--log-level"),
             (&["--no-such-setting"], "--no-such-setting"),

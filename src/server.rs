@@ -56,6 +56,9 @@ const HEALTH_NAMES: [&str; 2] = ["", SERVICE_NAME];
 /// How long the start waits for Redis before it serves without.
 const REDIS_START_BOUND: Duration = Duration::from_secs(1);
 
+/// The time that replies get to leave after the last call.
+const LAST_REPLIES: Duration = Duration::from_millis(500);
+
 const HTTP2_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(60);
 const HTTP2_KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -137,6 +140,7 @@ impl Server {
         let backend = self.store.backend().name();
         let envelope =
             EnvelopeLayer::new(self.store, &self.instance, settings.max_concurrent_calls);
+        let in_flight = envelope.in_flight().clone();
         let router = tonic::transport::Server::builder()
             .tcp_nodelay(true)
             .http2_keepalive_interval(Some(HTTP2_KEEPALIVE_INTERVAL))
@@ -178,9 +182,20 @@ impl Server {
         }
         // Nobody listens if the server has ended by itself.
         let _ = finish.send(());
-        match tokio::time::timeout(settings.shutdown_timeout, &mut serve).await {
-            Ok(result) => result?,
-            Err(_) => tracing::warn!("stopping: calls were cut off after --shutdown-timeout"),
+        // A connection whose client does not answer stays open; it must not
+        // hold up the stop when it has no call in flight.
+        let idle = async {
+            in_flight.close();
+            in_flight.wait().await;
+            tokio::time::sleep(LAST_REPLIES).await;
+        };
+        tokio::select! {
+            result = &mut serve => result?,
+            () = idle => {}
+            () = tokio::time::sleep(settings.shutdown_timeout) => {
+                let calls = in_flight.len();
+                tracing::warn!(calls, "stopping: calls were cut off after --shutdown-timeout");
+            }
         }
         tracing::info!("stopped");
         Ok(())
@@ -198,6 +213,10 @@ fn reflection() -> tonic_reflection::server::Builder<'static> {
     tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(grpc::DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET)
+        // Listed above, with both of its versions.
+        .include_reflection_service(false)
         // So that grpcurl shows the details of a status in clear text.
         .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
 }

@@ -12,6 +12,7 @@ use std::{
 use futures::{FutureExt, future::BoxFuture};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use tokio::{sync::Semaphore, time::Instant};
+use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
 use tonic::{Code, Status, body::Body};
 use tower::{Layer, Service};
 
@@ -46,6 +47,7 @@ struct Shared {
     instance: HeaderValue,
     calls: Semaphore,
     max_concurrent_calls: usize,
+    in_flight: TaskTracker,
 }
 
 /// What a handler knows of its call, among the extensions of the request.
@@ -54,6 +56,9 @@ pub struct CallContext {
     pub request_id: RequestId,
     pub deadline: Deadline,
     pub received: Instant,
+    /// Counts the call as in flight until the last copy of this is gone: work
+    /// that outlives the handler, such as a stream, takes one along.
+    _in_flight: TaskTrackerToken,
 }
 
 /// Names one call in replies and logs: 1 to 128 visible ASCII characters.
@@ -77,8 +82,14 @@ impl EnvelopeLayer {
                     .expect("an instance id consists of hex digits"),
                 calls: Semaphore::new(max_concurrent_calls),
                 max_concurrent_calls,
+                in_flight: TaskTracker::new(),
             }),
         }
+    }
+
+    /// The calls in flight.
+    pub fn in_flight(&self) -> &TaskTracker {
+        &self.shared.in_flight
     }
 }
 
@@ -115,7 +126,7 @@ where
         let clone = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, clone);
         let shared = self.shared.clone();
-        let context = CallContext::of(request.headers());
+        let context = CallContext::of(request.headers(), shared.in_flight.token());
         let is_health = request.uri().path().starts_with(HEALTH_PATH);
         Box::pin(async move {
             let _permit = if is_health {
@@ -192,7 +203,7 @@ impl Shared {
 
 impl CallContext {
     /// Reads the headers of a call that was received now.
-    pub fn of(headers: &HeaderMap) -> Self {
+    fn of(headers: &HeaderMap, in_flight: TaskTrackerToken) -> Self {
         let received = Instant::now();
         let deadline = headers
             .get("grpc-timeout")
@@ -202,7 +213,15 @@ impl CallContext {
             request_id: RequestId::of(headers),
             deadline: deadline.map_or(Deadline::NONE, Deadline::at),
             received,
+            _in_flight: in_flight,
         }
+    }
+}
+
+impl Default for CallContext {
+    /// Of a call that came without an envelope.
+    fn default() -> Self {
+        Self::of(&HeaderMap::new(), TaskTracker::new().token())
     }
 }
 

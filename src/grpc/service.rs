@@ -3,7 +3,6 @@
 use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures::{FutureExt, Stream, StreamExt, stream, stream::BoxStream};
-use http::HeaderMap;
 use prost::Message;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
@@ -421,7 +420,7 @@ impl Call {
         let context = request
             .extensions_mut()
             .remove::<CallContext>()
-            .unwrap_or_else(|| CallContext::of(&HeaderMap::new()));
+            .unwrap_or_default();
         let call = Self {
             operation,
             context,

@@ -148,9 +148,7 @@ impl Limits {
             }
             Some(ExpiryField::Ttl(ttl)) => {
                 let bounds = MIN_TTL..=self.max_ttl;
-                let ttl = Duration::try_from(ttl)
-                    .ok()
-                    .filter(|ttl| bounds.contains(ttl));
+                let ttl = duration(ttl).filter(|ttl| bounds.contains(ttl));
                 if ttl.is_none() {
                     violations.add(
                         format_args!("ttl"),
@@ -428,6 +426,14 @@ fn time(
             violations.add(field, crate::group::TimeError.to_string());
             None
         })
+}
+
+/// None for a negative or malformed duration. prost's own conversion adds
+/// seconds and nanoseconds without a check.
+fn duration(duration: prost_types::Duration) -> Option<Duration> {
+    let seconds = u64::try_from(duration.seconds).ok()?;
+    let nanos = u32::try_from(duration.nanos).ok()?;
+    (nanos < 1_000_000_000).then(|| Duration::new(seconds, nanos))
 }
 
 macro_rules! expiry_field {

@@ -15,7 +15,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use groupstate::group::{Alert, AlertGroup, AlertStatus, GroupKey, GroupMetadata, GroupState, Time};
+use groupstate::group::{
+    Alert, AlertGroup, AlertStatus, GroupKey, GroupMetadata, GroupState, Time,
+};
 
 /// A child process that ends with this value.
 pub struct Process {

@@ -35,7 +35,10 @@ async fn raw(connection: &mut MultiplexedConnection, name: &str) -> String {
 }
 
 async fn set_raw(connection: &mut MultiplexedConnection, name: &str, document: &str) {
-    let () = connection.set(format!("group:{name}"), document).await.unwrap();
+    let () = connection
+        .set(format!("group:{name}"), document)
+        .await
+        .unwrap();
 }
 
 fn error_of<T>(reply: groupstate::store::Reply<T>) -> StoreError {
@@ -62,7 +65,10 @@ fn assert_same(read: &AlertGroup, document: &Value) {
         assert_eq!(status, alert["status"]);
         assert_eq!(read.labels, strings(&alert["labels"]));
         assert_eq!(read.annotations, strings(&alert["annotations"]));
-        assert_eq!(read.generator_url, alert["generator_url"].as_str().unwrap_or_default());
+        assert_eq!(
+            read.generator_url,
+            alert["generator_url"].as_str().unwrap_or_default()
+        );
         for (time, name) in [
             (read.starts_at, "starts_at"),
             (read.ends_at, "ends_at"),
@@ -109,12 +115,16 @@ fn assert_same(read: &AlertGroup, document: &Value) {
 }
 
 fn assert_time(read: Option<Time>, written: &Value) {
-    let written = written.as_str().map(|text| Time::parse_rfc3339(text).unwrap());
+    let written = written
+        .as_str()
+        .map(|text| Time::parse_rfc3339(text).unwrap());
     assert_eq!(read, written);
 }
 
 fn strings(value: &Value) -> BTreeMap<String, String> {
-    serde_json::from_value::<Option<_>>(value.clone()).unwrap().unwrap_or_default()
+    serde_json::from_value::<Option<_>>(value.clone())
+        .unwrap()
+        .unwrap_or_default()
 }
 
 #[tokio::test]
@@ -129,8 +139,15 @@ async fn what_go_writes_is_read_exactly() {
         let read = get(&store, name).await.unwrap();
         let document: Value = serde_json::from_str(document).unwrap();
         assert_same(&read, &document);
-        let outer = document["version"].as_i64().filter(|version| *version > 0).unwrap_or(1);
-        assert_eq!(read.metadata.version, Version::new(outer), "the outer version counts");
+        let outer = document["version"]
+            .as_i64()
+            .filter(|version| *version > 0)
+            .unwrap_or(1);
+        assert_eq!(
+            read.metadata.version,
+            Version::new(outer),
+            "the outer version counts"
+        );
     }
     let mut all = store.load_all("", Deadline::NONE).await.unwrap().value;
     let mut count = 0;
@@ -164,16 +181,20 @@ async fn what_go_wrote_is_stored_again_readable_for_go() {
         let version = written.version.get();
         assert_eq!(value["version"], version);
         assert_eq!(value["metadata"]["version"], version);
-        assert!(text.ends_with(&format!("\",\"version\":{version}}},\"version\":{version}}}")));
+        assert!(text.ends_with(&format!(
+            "\",\"version\":{version}}},\"version\":{version}}}"
+        )));
         // Go writes into these maps and would panic on null.
         assert!(value["alerts"].is_object());
         for alert in value["alerts"].as_object().unwrap().values() {
             assert!(alert["labels"].is_object() && alert["annotations"].is_object());
             // Go's time.Time refuses an empty string; absent and RFC 3339 are well.
             for name in ["starts_at", "ends_at", "timestamp"] {
-                assert!(alert.get(name).is_none_or(|time| {
-                    Time::parse_rfc3339(time.as_str().unwrap()).is_ok()
-                }));
+                assert!(
+                    alert
+                        .get(name)
+                        .is_none_or(|time| { Time::parse_rfc3339(time.as_str().unwrap()).is_ok() })
+                );
             }
         }
         let again = get(&store, name).await.unwrap();
@@ -218,7 +239,10 @@ async fn create_only_does_not_overwrite_a_stored_version_zero() {
     ] {
         set_raw(&mut connection, "k", document).await;
         let lost = swap(&store, &group("k", &["new"]), None).await;
-        let Swap::Lost { current: Some(current) } = lost else {
+        let Swap::Lost {
+            current: Some(current),
+        } = lost
+        else {
             panic!("overwritten: {document}");
         };
         assert_eq!(current.metadata.version, Some(Version::FIRST));
@@ -244,7 +268,10 @@ async fn a_document_with_another_tail_has_a_version_too() {
         let read = get(&store, "k").await.unwrap();
         assert_eq!(read.metadata.version, Version::new(7), "{document}");
         let lost = swap(&store, &group("k", &[]), Version::new(9)).await;
-        assert!(matches!(lost, Swap::Lost { current: Some(_) }), "{document}");
+        assert!(
+            matches!(lost, Swap::Lost { current: Some(_) }),
+            "{document}"
+        );
         let swapped = swap(&store, &group("k", &[]), Version::new(7)).await;
         assert!(matches!(swapped, Swap::Swapped(_)), "{document}");
     }
@@ -254,7 +281,14 @@ async fn a_document_with_another_tail_has_a_version_too() {
 async fn an_unreadable_document_stays_until_it_is_replaced_or_removed() {
     let (store, server) = redis_store().await;
     let mut connection = server.connect().await;
-    for document in ["", "not JSON", "{\"key\":\"k\",\"alerts\":{", "[1,2]", "5", "\"version\":7}"] {
+    for document in [
+        "",
+        "not JSON",
+        "{\"key\":\"k\",\"alerts\":{",
+        "[1,2]",
+        "5",
+        "\"version\":7}",
+    ] {
         set_raw(&mut connection, "k", document).await;
         let load = store.load(&key("k"), false, Deadline::NONE).await;
         let StoreError::Unreadable(why) = error_of(load) else {
@@ -267,11 +301,19 @@ async fn an_unreadable_document_stays_until_it_is_replaced_or_removed() {
             let swapped = store
                 .compare_and_swap(&group("k", &[]), expected, HOUR, Deadline::NONE)
                 .await;
-            assert!(matches!(error_of(swapped), StoreError::Unreadable(_)), "{document}");
+            assert!(
+                matches!(error_of(swapped), StoreError::Unreadable(_)),
+                "{document}"
+            );
         }
         if document != "\"version\":7}" {
-            let deleted = store.delete(&key("k"), Version::new(8), Deadline::NONE).await;
-            assert!(matches!(error_of(deleted), StoreError::Unreadable(_)), "{document}");
+            let deleted = store
+                .delete(&key("k"), Version::new(8), Deadline::NONE)
+                .await;
+            assert!(
+                matches!(error_of(deleted), StoreError::Unreadable(_)),
+                "{document}"
+            );
         }
         assert_eq!(raw(&mut connection, "k").await, document, "left as it is");
 
@@ -295,8 +337,16 @@ async fn a_value_of_another_type_is_left_alone() {
         error_of(store.load(&name, false, Deadline::NONE).await),
         error_of(store.load(&name, true, Deadline::NONE).await),
         error_of(store.store(&new, HOUR, Deadline::NONE).await),
-        error_of(store.compare_and_swap(&new, None, HOUR, Deadline::NONE).await),
-        error_of(store.compare_and_swap(&new, version, HOUR, Deadline::NONE).await),
+        error_of(
+            store
+                .compare_and_swap(&new, None, HOUR, Deadline::NONE)
+                .await,
+        ),
+        error_of(
+            store
+                .compare_and_swap(&new, version, HOUR, Deadline::NONE)
+                .await,
+        ),
         error_of(store.delete(&name, None, Deadline::NONE).await),
         error_of(store.delete(&name, version, Deadline::NONE).await),
     ] {
@@ -322,7 +372,9 @@ async fn a_version_beyond_two_to_the_53_is_read_and_not_raised() {
         let refused = StoreError::VersionOutOfRange(stored.to_string());
         let stored_error = store.store(&new, HOUR, Deadline::NONE).await;
         assert_eq!(error_of(stored_error), refused);
-        let swapped = store.compare_and_swap(&new, expected, HOUR, Deadline::NONE).await;
+        let swapped = store
+            .compare_and_swap(&new, expected, HOUR, Deadline::NONE)
+            .await;
         assert_eq!(error_of(swapped), refused);
         // Nothing is rounded: its neighbour is another version.
         let neighbour = Version::new(stored - 1);
@@ -366,8 +418,13 @@ async fn a_group_that_another_writer_stored_without_expiry_gets_the_default() {
     let stored = store.load(&key(name), true, Deadline::NONE).await.unwrap();
     let stored = stored.value.unwrap();
     assert_eq!(stored.expires_at, None, "it never expires");
-    let keep = Expiry::Keep { otherwise: Duration::from_secs(100) };
-    store.store(&stored.group, keep, Deadline::NONE).await.unwrap();
+    let keep = Expiry::Keep {
+        otherwise: Duration::from_secs(100),
+    };
+    store
+        .store(&stored.group, keep, Deadline::NONE)
+        .await
+        .unwrap();
     let left: i64 = connection.ttl(redis_key).await.unwrap();
     assert!((99..=100).contains(&left), "{left}");
 }
@@ -377,11 +434,17 @@ async fn a_version_does_not_come_back_after_a_flush() {
     let (store, server) = redis_store().await;
     let mut connection = server.connect().await;
     let before = put(&store, &group("k", &["a"])).await.version;
-    let () = redis::cmd("FLUSHALL").query_async(&mut connection).await.unwrap();
+    let () = redis::cmd("FLUSHALL")
+        .query_async(&mut connection)
+        .await
+        .unwrap();
     let after = put(&store, &group("k", &["b"])).await.version;
     assert!(after > before);
     let stale = swap(&store, &group("k", &["stale"]), Some(before)).await;
-    assert!(matches!(stale, Swap::Lost { current: Some(_) }), "{stale:?}");
+    assert!(
+        matches!(stale, Swap::Lost { current: Some(_) }),
+        "{stale:?}"
+    );
 }
 
 #[tokio::test]
@@ -389,7 +452,11 @@ async fn forgotten_scripts_are_loaded_again() {
     let (store, server) = redis_store().await;
     let mut connection = server.connect().await;
     let flush = async |connection: &mut MultiplexedConnection| {
-        let () = redis::cmd("SCRIPT").arg("FLUSH").query_async(connection).await.unwrap();
+        let () = redis::cmd("SCRIPT")
+            .arg("FLUSH")
+            .query_async(connection)
+            .await
+            .unwrap();
     };
     put(&store, &group("k", &["a"])).await;
     flush(&mut connection).await;
@@ -400,9 +467,23 @@ async fn forgotten_scripts_are_loaded_again() {
         reply.unwrap();
     }
     flush(&mut connection).await;
-    assert!(store.delete(&key("k"), None, Deadline::NONE).await.unwrap().value.deleted);
+    assert!(
+        store
+            .delete(&key("k"), None, Deadline::NONE)
+            .await
+            .unwrap()
+            .value
+            .deleted
+    );
     flush(&mut connection).await;
-    assert!(store.load(&key("k/1"), true, Deadline::NONE).await.unwrap().value.is_some());
+    assert!(
+        store
+            .load(&key("k/1"), true, Deadline::NONE)
+            .await
+            .unwrap()
+            .value
+            .is_some()
+    );
 }
 
 #[tokio::test]
@@ -423,7 +504,10 @@ async fn load_all_reports_what_it_cannot_read_and_reads_the_rest() {
     let names: Vec<_> = problems.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(names, ["", "bad", "large", "\u{fffd}"]);
     assert!(matches!(problems[1].1, StoreError::Unreadable(_)));
-    assert!(matches!(problems[2].1, StoreError::StoredValueTooLarge { .. }));
+    assert!(matches!(
+        problems[2].1,
+        StoreError::StoredValueTooLarge { .. }
+    ));
 }
 
 async fn load_all(store: &Store) -> (Vec<AlertGroup>, Vec<(String, StoreError)>) {
@@ -432,7 +516,12 @@ async fn load_all(store: &Store) -> (Vec<AlertGroup>, Vec<(String, StoreError)>)
     while let Some(batch) = all.batches.next().await {
         let batch = batch.unwrap();
         groups.extend(batch.groups);
-        problems.extend(batch.problems.into_iter().map(|problem| (problem.key, problem.error)));
+        problems.extend(
+            batch
+                .problems
+                .into_iter()
+                .map(|problem| (problem.key, problem.error)),
+        );
     }
     (groups, problems)
 }

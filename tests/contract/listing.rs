@@ -21,9 +21,11 @@ async fn fill(store: &Store, count: usize) {
 
 /// Waits until the store answers again.
 async fn reconnected(store: &Store) {
-    crate::common::wait_until("Redis is back", std::time::Duration::from_secs(5), || async {
-        store.size("", Deadline::NONE).await.is_ok()
-    })
+    crate::common::wait_until(
+        "Redis is back",
+        std::time::Duration::from_secs(5),
+        || async { store.size("", Deadline::NONE).await.is_ok() },
+    )
     .await;
 }
 
@@ -31,7 +33,10 @@ async fn reconnected(store: &Store) {
 async fn a_restart_between_two_pages_restarts_the_listing() {
     let (store, mut server) = redis_store().await;
     fill(&store, 10_000).await;
-    let page = store.list_keys("", 100, None, Deadline::NONE).await.unwrap();
+    let page = store
+        .list_keys("", 100, None, Deadline::NONE)
+        .await
+        .unwrap();
     let token = page.value.next.unwrap();
 
     server.restart().await;

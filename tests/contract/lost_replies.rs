@@ -39,7 +39,11 @@ impl Scene {
         // The scripts and the clock are known from here on, so that the next
         // reply to a script call is the one to a write.
         put(&scene.store, &group("warm", &[])).await;
-        scene.store.delete(&key("warm"), None, Deadline::NONE).await.unwrap();
+        scene
+            .store
+            .delete(&key("warm"), None, Deadline::NONE)
+            .await
+            .unwrap();
         scene
     }
 
@@ -81,7 +85,9 @@ fn store_call(group: AlertGroup) -> impl AsyncCall<Reply<Written>> {
 
 fn swap_call(group: AlertGroup, expected: Option<Version>) -> impl AsyncCall<Reply<Swap>> {
     async move |store: Store, deadline: Deadline| {
-        store.compare_and_swap(&group, expected, HOUR, deadline).await
+        store
+            .compare_and_swap(&group, expected, HOUR, deadline)
+            .await
     }
 }
 
@@ -102,10 +108,16 @@ async fn delete(store: &Arc<dyn GroupStore>) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_whose_reply_is_lost_is_recognised_by_its_write_id() {
     let scene = Scene::new().await;
-    let reply = scene.lose_reply(store_call(group("k", &["mine"])), nothing()).await;
+    let reply = scene
+        .lose_reply(store_call(group("k", &["mine"])), nothing())
+        .await;
     let written = reply.unwrap().value;
     let read = get(&scene.other, "k").await.unwrap();
-    assert_eq!(read.metadata.version, Some(written.version), "not written twice");
+    assert_eq!(
+        read.metadata.version,
+        Some(written.version),
+        "not written twice"
+    );
     assert!(written.expires_at.is_some());
 }
 
@@ -115,15 +127,29 @@ async fn a_store_whose_reply_is_lost_does_not_overwrite_a_later_writer() {
     let later = async {
         put(&scene.other, &group("k", &["theirs"])).await;
     };
-    assert_unknown(scene.lose_reply(store_call(group("k", &["mine"])), later).await);
-    assert!(get(&scene.other, "k").await.unwrap().alerts.contains_key("theirs"));
+    assert_unknown(
+        scene
+            .lose_reply(store_call(group("k", &["mine"])), later)
+            .await,
+    );
+    assert!(
+        get(&scene.other, "k")
+            .await
+            .unwrap()
+            .alerts
+            .contains_key("theirs")
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_whose_reply_is_lost_does_not_undo_a_later_delete() {
     let scene = Scene::new().await;
     let later = delete(&scene.other);
-    assert_unknown(scene.lose_reply(store_call(group("k", &["mine"])), later).await);
+    assert_unknown(
+        scene
+            .lose_reply(store_call(group("k", &["mine"])), later)
+            .await,
+    );
     assert_eq!(get(&scene.other, "k").await, None);
 }
 
@@ -131,7 +157,9 @@ async fn a_store_whose_reply_is_lost_does_not_undo_a_later_delete() {
 async fn a_swap_whose_reply_is_lost_is_recognised_by_its_write_id() {
     let scene = Scene::new().await;
     let first = put(&scene.other, &group("k", &["first"])).await.version;
-    let reply = scene.lose_reply(swap_call(group("k", &["mine"]), Some(first)), nothing()).await;
+    let reply = scene
+        .lose_reply(swap_call(group("k", &["mine"]), Some(first)), nothing())
+        .await;
     let Swap::Swapped(written) = reply.unwrap().value else {
         panic!("lost against itself");
     };
@@ -142,7 +170,9 @@ async fn a_swap_whose_reply_is_lost_is_recognised_by_its_write_id() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_create_whose_reply_is_lost_is_recognised_by_its_write_id() {
     let scene = Scene::new().await;
-    let reply = scene.lose_reply(swap_call(group("k", &["mine"]), None), nothing()).await;
+    let reply = scene
+        .lose_reply(swap_call(group("k", &["mine"]), None), nothing())
+        .await;
     assert!(matches!(reply.unwrap().value, Swap::Swapped(_)));
 }
 
@@ -153,16 +183,26 @@ async fn a_swap_whose_reply_is_lost_does_not_overwrite_a_later_writer() {
     let later = async {
         put(&scene.other, &group("k", &["theirs"])).await;
     };
-    let reply = scene.lose_reply(swap_call(group("k", &["mine"]), Some(first)), later).await;
+    let reply = scene
+        .lose_reply(swap_call(group("k", &["mine"]), Some(first)), later)
+        .await;
     assert_unknown(reply);
-    assert!(get(&scene.other, "k").await.unwrap().alerts.contains_key("theirs"));
+    assert!(
+        get(&scene.other, "k")
+            .await
+            .unwrap()
+            .alerts
+            .contains_key("theirs")
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_create_whose_reply_is_lost_does_not_undo_a_later_delete() {
     let scene = Scene::new().await;
     let later = delete(&scene.other);
-    let reply = scene.lose_reply(swap_call(group("k", &["mine"]), None), later).await;
+    let reply = scene
+        .lose_reply(swap_call(group("k", &["mine"]), None), later)
+        .await;
     assert_unknown(reply);
     assert_eq!(get(&scene.other, "k").await, None);
 }
@@ -172,8 +212,13 @@ async fn a_lost_race_whose_reply_is_lost_is_still_a_lost_race() {
     let scene = Scene::new().await;
     let stale = put(&scene.other, &group("k", &["first"])).await.version;
     let current = put(&scene.other, &group("k", &["second"])).await.version;
-    let reply = scene.lose_reply(swap_call(group("k", &["mine"]), Some(stale)), nothing()).await;
-    let Swap::Lost { current: Some(found) } = reply.unwrap().value else {
+    let reply = scene
+        .lose_reply(swap_call(group("k", &["mine"]), Some(stale)), nothing())
+        .await;
+    let Swap::Lost {
+        current: Some(found),
+    } = reply.unwrap().value
+    else {
         panic!("swapped");
     };
     assert_eq!(found.metadata.version, Some(current));
@@ -196,7 +241,13 @@ async fn a_delete_whose_reply_is_lost_does_not_delete_a_later_group() {
             put(&scene.other, &group("k", &["theirs"])).await;
         };
         assert_unknown(scene.lose_reply(delete_call(expected), later).await);
-        assert!(get(&scene.other, "k").await.unwrap().alerts.contains_key("theirs"));
+        assert!(
+            get(&scene.other, "k")
+                .await
+                .unwrap()
+                .alerts
+                .contains_key("theirs")
+        );
     }
 }
 
@@ -205,9 +256,8 @@ async fn a_batch_whose_replies_are_lost_is_recognised_or_unknown() {
     let scene = Scene::new().await;
     let groups: Vec<_> = (0..20).map(|i| group(&format!("k/{i}"), &[])).collect();
     let batch = groups.clone();
-    let call = async move |store: Store, deadline: Deadline| {
-        store.store_all(&batch, HOUR, deadline).await
-    };
+    let call =
+        async move |store: Store, deadline: Deadline| store.store_all(&batch, HOUR, deadline).await;
     let replies = scene.lose_reply(call, nothing()).await;
     let mut recognised = 0;
     for (group, reply) in groups.iter().zip(replies) {

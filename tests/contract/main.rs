@@ -40,7 +40,10 @@ async fn memory_store() -> (Arc<dyn GroupStore>, ()) {
 /// A Redis store on a Redis of its own.
 async fn redis_store() -> (Arc<dyn GroupStore>, RedisServer) {
     let server = RedisServer::start().await;
-    (store_at(&server.url(), Duration::from_millis(250)).await, server)
+    (
+        store_at(&server.url(), Duration::from_millis(250)).await,
+        server,
+    )
 }
 
 /// A store on the Redis at `url`. Each is an instance of its own.

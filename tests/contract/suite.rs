@@ -20,7 +20,11 @@ pub fn key(key: &str) -> GroupKey {
 }
 
 pub async fn put(store: &Store, group: &AlertGroup) -> Written {
-    store.store(group, HOUR, Deadline::NONE).await.unwrap().value
+    store
+        .store(group, HOUR, Deadline::NONE)
+        .await
+        .unwrap()
+        .value
 }
 
 pub async fn get(store: &Store, name: &str) -> Option<AlertGroup> {
@@ -94,7 +98,10 @@ pub async fn an_absent_group_is_none(store: Store) {
 pub async fn create_only_does_not_overwrite(store: Store) {
     let version = swapped(swap(&store, &group("k", &["first"]), None).await);
     let second = swap(&store, &group("k", &["second"]), None).await;
-    let Swap::Lost { current: Some(current) } = second else {
+    let Swap::Lost {
+        current: Some(current),
+    } = second
+    else {
         panic!("overwritten: {second:?}");
     };
     assert!(current.alerts.contains_key("first"));
@@ -115,7 +122,10 @@ pub async fn a_lost_race_gives_the_current_group(store: Store) {
     let first = put(&store, &group("k", &["a"])).await.version;
     let second = put(&store, &group("k", &["b"])).await.version;
     let lost = swap(&store, &group("k", &["c"]), Some(first)).await;
-    let Swap::Lost { current: Some(current) } = lost else {
+    let Swap::Lost {
+        current: Some(current),
+    } = lost
+    else {
         panic!("swapped: {lost:?}");
     };
     assert_eq!(current.metadata.version, Some(second));
@@ -144,7 +154,9 @@ pub async fn delete_of_another_version_deletes_nothing(store: Store) {
     let first = put(&store, &group("k", &["a"])).await.version;
     let second = put(&store, &group("k", &["b"])).await.version;
     let delete = async |expected| {
-        let deleted = store.delete(&key("k"), Some(expected), Deadline::NONE).await;
+        let deleted = store
+            .delete(&key("k"), Some(expected), Deadline::NONE)
+            .await;
         let deletion = deleted.unwrap().value;
         (deletion.deleted, deletion.version)
     };
@@ -160,24 +172,34 @@ pub async fn a_version_does_not_come_back_after_a_delete(store: Store) {
     let after = swapped(swap(&store, &group("k", &["b"]), None).await);
     assert!(after > before);
     let stale = swap(&store, &group("k", &["stale"]), Some(before)).await;
-    assert!(matches!(stale, Swap::Lost { current: Some(_) }), "{stale:?}");
+    assert!(
+        matches!(stale, Swap::Lost { current: Some(_) }),
+        "{stale:?}"
+    );
 }
 
 pub async fn a_version_does_not_come_back_after_an_expiry(store: Store) {
     let short = Expiry::After(Duration::from_millis(50));
-    let written = store.store(&group("k", &["a"]), short, Deadline::NONE).await;
+    let written = store
+        .store(&group("k", &["a"]), short, Deadline::NONE)
+        .await;
     let before = written.unwrap().value.version;
     tokio::time::sleep(Duration::from_millis(100)).await;
     let after = swapped(swap(&store, &group("k", &["b"]), None).await);
     assert!(after > before);
     let stale = swap(&store, &group("k", &["stale"]), Some(before)).await;
-    assert!(matches!(stale, Swap::Lost { current: Some(_) }), "{stale:?}");
+    assert!(
+        matches!(stale, Swap::Lost { current: Some(_) }),
+        "{stale:?}"
+    );
 }
 
 pub async fn a_group_expires(store: Store) {
     let short = Expiry::After(Duration::from_millis(300));
     let begin = Time::now().millis();
-    let written = store.store(&group("k", &["a"]), short, Deadline::NONE).await;
+    let written = store
+        .store(&group("k", &["a"]), short, Deadline::NONE)
+        .await;
     let expires_at = written.unwrap().value.expires_at.unwrap();
     assert!((begin + 300..begin + 600).contains(&expires_at.millis()));
     let stored = store.load(&key("k"), true, Deadline::NONE).await.unwrap();
@@ -195,11 +217,18 @@ pub async fn a_group_expires(store: Store) {
 
 pub async fn keep_ttl_keeps_what_is_left(store: Store) {
     let first = put(&store, &group("k", &["a"])).await;
-    let keep = Expiry::Keep { otherwise: Duration::from_secs(1) };
+    let keep = Expiry::Keep {
+        otherwise: Duration::from_secs(1),
+    };
     let second = store.store(&group("k", &["b"]), keep, Deadline::NONE).await;
     let second = second.unwrap().value;
     let swap = store
-        .compare_and_swap(&group("k", &["c"]), Some(second.version), keep, Deadline::NONE)
+        .compare_and_swap(
+            &group("k", &["c"]),
+            Some(second.version),
+            keep,
+            Deadline::NONE,
+        )
         .await;
     let Swap::Swapped(third) = swap.unwrap().value else {
         panic!("lost");
@@ -211,7 +240,9 @@ pub async fn keep_ttl_keeps_what_is_left(store: Store) {
 }
 
 pub async fn keep_ttl_of_a_new_group_is_the_default(store: Store) {
-    let keep = Expiry::Keep { otherwise: Duration::from_secs(100) };
+    let keep = Expiry::Keep {
+        otherwise: Duration::from_secs(100),
+    };
     let begin = Time::now().millis();
     let written = store.store(&group("k", &["a"]), keep, Deadline::NONE).await;
     let left = written.unwrap().value.expires_at.unwrap().millis() - begin;
@@ -229,8 +260,24 @@ pub async fn a_group_called_index_is_a_group(store: Store) {
 pub async fn strange_keys_are_ordinary_keys(store: Store) {
     let longest = "x".repeat(4_096);
     let strange = [
-        "*", "a*b", "a?b", "[ab]", "a\\b", "{}", "{hash:1}", "a{b}c", " ", "a b", "a\tb\nc\r\n",
-        "ключ=значение", "🔥", "a\u{0}b", "\"quoted\"", "$1", "a:b:c", &longest,
+        "*",
+        "a*b",
+        "a?b",
+        "[ab]",
+        "a\\b",
+        "{}",
+        "{hash:1}",
+        "a{b}c",
+        " ",
+        "a b",
+        "a\tb\nc\r\n",
+        "ключ=значение",
+        "🔥",
+        "a\u{0}b",
+        "\"quoted\"",
+        "$1",
+        "a:b:c",
+        &longest,
     ];
     for name in strange {
         put(&store, &group(name, &["a"])).await;
@@ -242,9 +289,15 @@ pub async fn strange_keys_are_ordinary_keys(store: Store) {
     }
     let listed: BTreeSet<_> = all_keys(&store, "", 3).await.into_iter().collect();
     assert_eq!(listed, strange.iter().map(ToString::to_string).collect());
-    assert_eq!(store.size("", Deadline::NONE).await.unwrap().value, strange.len() as u64);
+    assert_eq!(
+        store.size("", Deadline::NONE).await.unwrap().value,
+        strange.len() as u64
+    );
     for name in strange {
-        let deleted = store.delete(&key(name), None, Deadline::NONE).await.unwrap();
+        let deleted = store
+            .delete(&key(name), None, Deadline::NONE)
+            .await
+            .unwrap();
         assert!(deleted.value.deleted, "{name:?}");
     }
 }
@@ -261,7 +314,9 @@ pub async fn a_prefix_is_taken_as_it_is(store: Store) {
 }
 
 pub async fn ten_thousand_keys_are_paged_while_others_are_written(store: Store) {
-    let steady: Vec<_> = (0..10_000).map(|i| group(&format!("steady/{i}"), &[])).collect();
+    let steady: Vec<_> = (0..10_000)
+        .map(|i| group(&format!("steady/{i}"), &[]))
+        .collect();
     for chunk in steady.chunks(1_000) {
         for reply in store.store_all(chunk, HOUR, Deadline::NONE).await {
             reply.unwrap();
@@ -282,23 +337,36 @@ pub async fn ten_thousand_keys_are_paged_while_others_are_written(store: Store) 
     });
     for page_size in [100, 1_000, 10_000] {
         let listed: BTreeSet<_> = all_keys(&store, "", page_size).await.into_iter().collect();
-        let missing = steady.iter().filter(|group| !listed.contains(group.key.as_str()));
+        let missing = steady
+            .iter()
+            .filter(|group| !listed.contains(group.key.as_str()));
         assert_eq!(missing.count(), 0, "pages of {page_size}");
     }
     writer.abort();
-    assert_eq!(store.size("steady/", Deadline::NONE).await.unwrap().value, 10_000);
+    assert_eq!(
+        store.size("steady/", Deadline::NONE).await.unwrap().value,
+        10_000
+    );
 }
 
 pub async fn a_foreign_page_token_is_refused(store: Store) {
     for i in 0..5_000 {
         put(&store, &group(&format!("k/{i}"), &[])).await;
     }
-    let page = store.list_keys("k/", 1, None, Deadline::NONE).await.unwrap();
+    let page = store
+        .list_keys("k/", 1, None, Deadline::NONE)
+        .await
+        .unwrap();
     let token = page.value.next.unwrap();
     for (prefix, token) in [("k/", "?"), ("k/", "AAAA"), ("k", token.as_str())] {
-        let refused = store.list_keys(prefix, 1, Some(token), Deadline::NONE).await;
+        let refused = store
+            .list_keys(prefix, 1, Some(token), Deadline::NONE)
+            .await;
         let error = refused.unwrap_err().error;
-        assert!(matches!(error, StoreError::InvalidPageToken(_)), "{error:?}");
+        assert!(
+            matches!(error, StoreError::InvalidPageToken(_)),
+            "{error:?}"
+        );
     }
 }
 
@@ -349,7 +417,10 @@ pub async fn store_all_answers_each_group_in_order(store: Store) {
     for (group, reply) in groups.iter().zip(replies) {
         if group.key.as_str() == "large" {
             let error = reply.unwrap_err().error;
-            assert!(matches!(error, StoreError::DocumentTooLarge { .. }), "{error:?}");
+            assert!(
+                matches!(error, StoreError::DocumentTooLarge { .. }),
+                "{error:?}"
+            );
         } else {
             let read = get(&store, group.key.as_str()).await.unwrap();
             assert_eq!(read.metadata.version, Some(reply.unwrap().value.version));
@@ -363,15 +434,25 @@ pub async fn a_group_that_is_too_large_is_refused(store: Store) {
     let mut large = group("k", &["a"]);
     large.alerts.get_mut("a").unwrap().generator_url = "x".repeat(1 << 20);
     let stored = store.store(&large, HOUR, Deadline::NONE).await;
-    assert!(matches!(stored.unwrap_err().error, StoreError::DocumentTooLarge { .. }));
-    let swapped = store.compare_and_swap(&large, None, HOUR, Deadline::NONE).await;
-    assert!(matches!(swapped.unwrap_err().error, StoreError::DocumentTooLarge { .. }));
+    assert!(matches!(
+        stored.unwrap_err().error,
+        StoreError::DocumentTooLarge { .. }
+    ));
+    let swapped = store
+        .compare_and_swap(&large, None, HOUR, Deadline::NONE)
+        .await;
+    assert!(matches!(
+        swapped.unwrap_err().error,
+        StoreError::DocumentTooLarge { .. }
+    ));
     large.alerts.get_mut("a").unwrap().generator_url = "x".repeat((1 << 20) - 2_000);
     put(&store, &large).await;
 }
 
 pub async fn load_all_gives_every_group_once(store: Store) {
-    let groups: Vec<_> = (0..3_000).map(|i| group(&format!("k/{i}"), &["a", "b"])).collect();
+    let groups: Vec<_> = (0..3_000)
+        .map(|i| group(&format!("k/{i}"), &["a", "b"]))
+        .collect();
     for chunk in groups.chunks(1_000) {
         for reply in store.store_all(chunk, HOUR, Deadline::NONE).await {
             reply.unwrap();

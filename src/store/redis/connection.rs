@@ -85,11 +85,11 @@ impl RedisSettings {
     /// Reads a Redis URL. The error does not repeat the URL, which may hold a
     /// password.
     pub fn new(url: &str, pool_size: usize, timeout: Duration) -> Result<Self, String> {
+        if !url.starts_with("redis://") {
+            return Err("must begin with redis://, such as redis://host:6379".into());
+        }
         let mut config = Config::from_url(url).map_err(|error: Error| {
-            format!(
-                "not a Redis URL such as redis://host:6379: {}",
-                error.details()
-            )
+            format!("is not of the form redis://host:6379: {}", error.details())
         })?;
         // Redis may come up later than this service.
         config.fail_fast = false;
@@ -165,10 +165,8 @@ impl Connections {
             clock: Arc::default(),
             started: Instant::now(),
         };
-        for client in connections.pool.clients() {
-            connections.watch(client);
-            client.connect();
-        }
+        connections.watch();
+        connections.pool.connect_pool();
         Ok(connections)
     }
 
@@ -184,26 +182,28 @@ impl Connections {
 
     /// Logs when the connections of the pool come and go, and forgets the clock
     /// of a server that may not be the one we talk to next.
-    fn watch(&self, client: &Client) {
-        let clock = self.clock.clone();
-        client.on_reconnect(move |server| {
-            lock(&clock).forget();
-            tracing::info!(%server, "connected to Redis");
-            async { Ok(()) }
-        });
-        // Told once between two successes; fred reports every attempt.
-        let last_told = Mutex::new(None);
-        client.on_error(move |(error, server)| {
-            let server = server.map(|server| server.to_string());
-            let mut told = lock(&last_told);
-            if told.as_ref() == Some(&error) {
-                tracing::debug!(server, %error, "still no connection to Redis");
-            } else {
-                tracing::warn!(server, %error, "no connection to Redis, trying again");
-                *told = Some(error);
-            }
-            async { Ok(()) }
-        });
+    fn watch(&self) {
+        // What was told last: every connection reports every attempt.
+        let told: Arc<Mutex<Option<String>>> = Arc::default();
+        for client in self.pool.clients() {
+            let (clock, last_told) = (self.clock.clone(), told.clone());
+            client.on_reconnect(move |server| {
+                lock(&clock).forget();
+                let event = format!("connected to {server}");
+                if lock(&last_told).replace(event.clone()) != Some(event) {
+                    tracing::info!(%server, "connected to Redis");
+                }
+                async { Ok(()) }
+            });
+            let last_told = told.clone();
+            client.on_error(move |(error, _)| {
+                let reason = error.details();
+                if lock(&last_told).replace(reason.to_owned()).as_deref() != Some(reason) {
+                    tracing::warn!(reason, "no connection to Redis, trying again");
+                }
+                async { Ok(()) }
+            });
+        }
     }
 
     /// The attempts that a call with this deadline may make.
@@ -275,10 +275,11 @@ impl Connections {
 // === impl Attempts ===
 
 impl Attempts<'_> {
-    /// Goes on after an attempt of the same call that was sent at `since` and
-    /// whose answer is missing.
-    pub fn after_lost(mut self, since: Option<Instant>) -> Self {
-        self.lost_since = since;
+    /// Goes on after a first attempt that was made elsewhere. `lost_since`: it
+    /// was sent then and its answer is missing.
+    pub fn after_first(mut self, lost_since: Option<Instant>) -> Self {
+        self.made = 1;
+        self.lost_since = lost_since;
         self
     }
 

@@ -19,7 +19,7 @@ use tokio::time::Instant;
 
 pub use self::connection::RedisSettings;
 use self::{
-    connection::{Attempt, Connections, on_key},
+    connection::{Attempt, Attempts, Connections, on_key},
     fault::Fault,
     scan::KeySpace,
     script::ScriptReply,
@@ -107,15 +107,12 @@ impl RedisStore {
         }
     }
 
-    /// Makes attempts at a write. `lost_since`: one was sent then already whose
-    /// answer is missing.
+    /// Makes attempts at a write.
     async fn finish_write(
         &self,
         write: &WriteCall<'_>,
-        lost_since: Option<Instant>,
-        deadline: Deadline,
+        mut attempts: Attempts<'_>,
     ) -> Result<WriteOutcome, StoreError> {
-        let mut attempts = self.connections.attempts(deadline).after_lost(lost_since);
         while let Some(attempt) = attempts.next().await {
             match self.try_write(write, &attempt).await {
                 Ok(outcome) => return Ok(outcome),
@@ -224,7 +221,10 @@ impl DocumentStore for RedisStore {
         deadline: Deadline,
     ) -> Reply<WriteOutcome> {
         let write = self.new_write(head, condition, expiry);
-        match self.finish_write(&write, None, deadline).await {
+        match self
+            .finish_write(&write, self.connections.attempts(deadline))
+            .await
+        {
             Ok(outcome) => Ok(BACKEND.answers(outcome)),
             Err(error) => Err(BACKEND.fails(error)),
         }
@@ -334,18 +334,28 @@ impl RedisStore {
     ) -> Vec<Result<WriteOutcome, StoreError>> {
         let sent = Instant::now();
         let results = match self.connections.attempts(deadline).next().await {
-            Some(attempt) => self.pipeline(&writes, &attempt).await,
+            Some(attempt) => {
+                let results = self.pipeline(&writes, &attempt).await;
+                if results.contains(&Err(Fault::NoScript)) {
+                    // Once for all; what fails here fails again below, and is
+                    // told there.
+                    let _ = script::WRITE.load(&attempt).await;
+                }
+                results
+            }
             None => vec![Err(Fault::NotRun("not connected".into())); writes.len()],
         };
         let mut finished = Vec::with_capacity(writes.len());
         for (write, result) in writes.iter().zip(results) {
             finished.push(async move {
-                match result {
-                    Ok(outcome) => Ok(outcome),
-                    Err(Fault::Final(error)) => Err(error),
-                    Err(Fault::Lost(_)) => self.finish_write(write, Some(sent), deadline).await,
-                    Err(_) => self.finish_write(write, None, deadline).await,
-                }
+                let lost_since = match result {
+                    Ok(outcome) => return Ok(outcome),
+                    Err(Fault::Final(error)) => return Err(error),
+                    Err(Fault::Lost(_)) => Some(sent),
+                    Err(Fault::NotRun(_) | Fault::NoScript) => None,
+                };
+                let attempts = self.connections.attempts(deadline).after_first(lost_since);
+                self.finish_write(write, attempts).await
             });
         }
         join_all(finished).await

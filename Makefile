@@ -1,0 +1,48 @@
+# What one does with this repository, in the order in which a newcomer needs it.
+# `run` needs Rust, gcc and make; the rest needs what `tools` installs.
+
+.DEFAULT_GOAL := help
+.PHONY: run test lint tools proto-image clean-tools next-step help
+.NOTPARALLEL:
+
+PROTO_IMAGE := proto/groupstate.v1.binpb
+BUF := .tools/bin/buf
+
+run: ## Build and start the service, by default with groups in memory; ARGS='--redis-url …' adds settings
+	cargo build --release --locked
+	@$(MAKE) --no-print-directory next-step
+	@exec cargo run --release --locked --quiet --bin groupstate -- $(ARGS)
+
+test: tools ## Install what the tests need, then run them all
+	cargo test --locked
+
+lint: tools ## Check formatting, clippy, and that the proto is well-formed and compatible
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	$(BUF) lint proto
+	$(BUF) breaking proto --against $(PROTO_IMAGE)
+
+tools: ## Install the programs of the tests: Redis by apt, the others into .tools/
+	tests/tools/install.sh
+
+# The image is what clients were promised, so `lint` must have passed against the
+# old one: additions only. It is renewed with each release, and may be with an
+# addition, which is protected from then on. Never to get past a failed `lint`.
+proto-image: tools ## Renew the descriptor image that `lint` compares the proto with
+	$(BUF) breaking proto --against $(PROTO_IMAGE)
+	$(BUF) build proto --exclude-source-info -o $(PROTO_IMAGE)
+
+clean-tools: ## Remove what `tools` has put into .tools/
+	rm -rf .tools
+
+# The lines come from the README, whose tests run them word for word.
+next-step: ## Print what to try once the service runs
+	@printf '\nThe service starts now. Try it from another terminal:\n\n'
+	@command -v grpcurl >/dev/null || \
+		printf '# once, to get grpcurl\nmake -C "%s" tools && export PATH="%s/.tools/bin:$$PATH"\n\n' '$(CURDIR)' '$(CURDIR)'
+	@sed -n '/^<!-- next step -->/,/^<!-- end -->/{ /^```sh/,/^```$$/{ /^```/!p; }; }' README.md
+	@printf '\n'
+
+help: ## Print this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 \2/p' $(MAKEFILE_LIST) | \
+		while read -r target text; do printf '%-12s %s\n' "$$target" "$$text"; done

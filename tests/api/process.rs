@@ -1,0 +1,209 @@
+//! The binary: its settings, its start, its stop.
+
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use tonic::Code;
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+
+use crate::{
+    common::{redis_server::RedisServer, service::Service},
+    group, load_request, store_request,
+};
+
+#[test]
+fn a_bad_setting_is_one_line_and_exit_code_two() {
+    for (arguments, named) in [
+        (&["--redis-timeout", "soon"][..], "--redis-timeout"),
+        (&["--redis-url", "memcached://x"], "--redis-url"),
+        (
+            &[
+                "--redis-password-file",
+                "/nowhere",
+                "--redis-url",
+                "redis://x",
+            ],
+            "/nowhere",
+        ),
+        (&["--unknown"], "--unknown"),
+    ] {
+        let output = run(arguments, &[]);
+        assert_eq!(output.status.code(), Some(2));
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(text.contains(named), "{text}");
+    }
+    let output = run(&[], &[("GROUPSTATE_MAX_TTL", "1s")]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(
+        String::from_utf8(output.stderr)
+            .unwrap()
+            .contains("--max-ttl")
+    );
+}
+
+fn run(arguments: &[&str], environment: &[(&str, &str)]) -> std::process::Output {
+    Command::new(env!("CARGO_BIN_EXE_groupstate"))
+        .args(arguments)
+        .env_clear()
+        .envs(environment.iter().copied())
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn an_address_in_use_is_said_in_one_line() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = taken.local_addr().unwrap().to_string();
+    let output = run(&["--grpc-addr", &addr, "--log-format", "json"], &[]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stderr).unwrap();
+    let last = text.lines().last().unwrap();
+    assert!(last.contains(&addr) && last.contains("in use"), "{text}");
+}
+
+#[test]
+fn it_says_once_that_nothing_survives_a_restart() {
+    let service = Service::start(&[]);
+    let log = service.log();
+    let told = log
+        .iter()
+        .filter(|line| line.contains("do not survive a restart"));
+    assert_eq!(told.count(), 1, "{log:#?}");
+}
+
+async fn health(addr: &str) -> HealthClient<tonic::transport::Channel> {
+    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{addr}")).unwrap();
+    HealthClient::new(endpoint.connect().await.unwrap())
+}
+
+fn check(service: &str) -> HealthCheckRequest {
+    HealthCheckRequest {
+        service: service.into(),
+    }
+}
+
+#[tokio::test]
+async fn sigterm_says_not_serving_then_ends_watches_and_exits_with_zero() {
+    let mut service = Service::start(&["--shutdown-delay", "500ms"]);
+    let mut client = service.client().await;
+    let mut health = health(service.addr()).await;
+    for name in ["", "groupstate.v1.GroupStateService"] {
+        let reply = health.check(check(name)).await.unwrap().into_inner();
+        assert_eq!(reply.status(), ServingStatus::Serving);
+    }
+    let unknown = health.check(check("nobody")).await.unwrap_err();
+    assert_eq!(unknown.code(), Code::NotFound);
+    let mut watch = health.watch(check("")).await.unwrap().into_inner();
+    let first = watch.message().await.unwrap().unwrap();
+    assert_eq!(first.status(), ServingStatus::Serving);
+
+    service.process().signal("TERM");
+    let begin = Instant::now();
+    let second = watch.message().await.unwrap().unwrap();
+    assert_eq!(second.status(), ServingStatus::NotServing);
+    let reply = health.check(check("")).await.unwrap().into_inner();
+    assert_eq!(reply.status(), ServingStatus::NotServing);
+    // During the pause calls are still answered.
+    client.store(store_request(group("k"))).await.unwrap();
+    assert!(
+        watch.message().await.unwrap().is_none(),
+        "the watch has ended"
+    );
+    let status = service.wait_for_exit(Duration::from_secs(5));
+    let took = begin.elapsed();
+    assert_eq!(status.code(), Some(0));
+    let bounds = Duration::from_millis(500)..Duration::from_millis(1_500);
+    assert!(bounds.contains(&took), "{took:?}");
+}
+
+#[tokio::test]
+async fn ctrl_c_skips_the_pause_and_waits_for_no_idle_client() {
+    let mut service = Service::start(&[]);
+    // Its connection stays open: this test blocks the thread that would close
+    // it, as a client that hangs does.
+    let mut idle = service.client().await;
+    idle.load(load_request("k")).await.unwrap_err();
+    let begin = Instant::now();
+    service.process().signal("INT");
+    assert_eq!(
+        service.wait_for_exit(Duration::from_secs(5)).code(),
+        Some(0)
+    );
+    assert!(begin.elapsed() < Duration::from_secs(1));
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let mut service = Service::start(&["--shutdown-delay", "60s"]);
+    service.process().signal("TERM");
+    service.wait_for_log("NOT_SERVING", Duration::from_secs(2));
+    service.process().signal("TERM");
+    assert_eq!(
+        service.wait_for_exit(Duration::from_secs(2)).code(),
+        Some(1)
+    );
+}
+
+#[tokio::test]
+async fn calls_in_flight_may_finish_and_are_cut_off_after_the_shutdown_timeout() {
+    let redis = RedisServer::start().await;
+    let arguments = [
+        ("--shutdown-timeout", "20s", Ok(())),
+        ("--shutdown-timeout", "200ms", Err(())),
+    ];
+    for (flag, timeout, outcome) in arguments {
+        let settings = [
+            "--redis-url",
+            &redis.url(),
+            "--redis-timeout",
+            "2s",
+            flag,
+            timeout,
+        ];
+        let mut service = Service::start(&settings);
+        let mut client = service.client().await;
+        client.store(store_request(group("k"))).await.unwrap();
+        redis.process().signal("STOP");
+        let groups = vec![group("slow")];
+        let request = groupstate::grpc::proto::StoreAllRequest {
+            groups,
+            expiry: None,
+        };
+        let slow = tokio::spawn(async move { client.store_all(request).await });
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        service.process().signal("INT");
+        let begin = Instant::now();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        redis.process().signal("CONT");
+        let finished = slow.await.unwrap().map(|_| ()).map_err(|_| ());
+        assert_eq!(finished, outcome, "--shutdown-timeout {timeout}");
+        assert_eq!(
+            service.wait_for_exit(Duration::from_secs(2)).code(),
+            Some(0)
+        );
+        assert!(begin.elapsed() < Duration::from_millis(1_500));
+    }
+}
+
+#[tokio::test]
+async fn debug_writes_one_event_for_each_call() {
+    let service = Service::start(&["--log-level", "debug"]);
+    let mut client = service.client().await;
+    let mut request = tonic::Request::new(store_request(group("the key")));
+    request
+        .metadata_mut()
+        .insert("x-request-id", "my-request".parse().unwrap());
+    client.store(request).await.unwrap();
+    let line = service.wait_for_log("my-request", Duration::from_secs(2));
+    let event: serde_json::Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(event["level"], "DEBUG");
+    assert_eq!(event["operation"], "store");
+    assert_eq!(event["key"], "the key");
+    assert_eq!(event["result"], "success");
+    assert!(event["latency_us"].is_u64());
+}
