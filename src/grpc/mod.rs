@@ -8,6 +8,7 @@
 
 mod convert;
 pub mod envelope;
+mod load_all;
 pub mod service;
 mod status;
 pub mod validation;

@@ -1,25 +1,19 @@
 //! The eight calls: validate, ask the store, reply.
 
-use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
-use futures::{FutureExt, Stream, StreamExt, stream, stream::BoxStream};
-use prost::Message;
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
-    time::Instant,
-};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status};
 
 use super::{
     convert,
     envelope::CallContext,
+    load_all,
     proto::{self as pb, group_state_service_server::GroupStateService},
     status::CallError,
     validation::{Limits, Violations, expected_version, version_to_delete},
 };
-use crate::store::{
-    Answer, Backend, Deadline, GroupStore, LoadAll, StoreError, Stored, Swap, Written,
-};
+use crate::store::{Backend, Deadline, GroupStore, StoreError, Stored, Swap, Written};
 
 /// The service over any store.
 #[derive(Clone)]
@@ -39,26 +33,6 @@ struct Call {
     /// What an OK reply means for the log: "success", or "conflict".
     success: &'static str,
 }
-
-/// Sends the messages of a LoadAll.
-struct LoadAllSender {
-    messages: mpsc::Sender<Result<pb::LoadAllResponse, Status>>,
-    backend: Backend,
-    /// The message that is being filled, and its size.
-    message: pb::LoadAllResponse,
-    bytes: usize,
-    last_sent: Instant,
-    summary: pb::LoadAllSummary,
-}
-
-/// Why a LoadAll was not sent to its end.
-enum SendError {
-    Call(CallError),
-    /// Nobody reads it any more.
-    ReaderGone,
-}
-
-type LoadAllStream = BoxStream<'static, Result<pb::LoadAllResponse, Status>>;
 
 // === impl Service ===
 
@@ -295,31 +269,11 @@ impl Service {
         &self,
         request: pb::LoadAllRequest,
         context: CallContext,
-    ) -> Result<LoadAllStream, CallError> {
+    ) -> Result<load_all::Messages, CallError> {
         let prefix = self.limits.prefix(request.prefix)?;
         let permit = self.scan_permit()?;
         let answer = self.store.load_all(&prefix, context.deadline).await?;
-        let backend = answer.backend;
-        // One message waits while one is being sent: a slow reader slows the
-        // read, and memory stays bounded.
-        let (messages, receiver) = mpsc::channel(1);
-        let request_id = context.request_id.clone();
-        tokio::spawn(async move {
-            let _permit = permit;
-            let sent = send_all(answer, messages.clone(), context.deadline);
-            let error = match AssertUnwindSafe(sent).catch_unwind().await {
-                Ok(Ok(())) | Ok(Err(SendError::ReaderGone)) => return,
-                Ok(Err(SendError::Call(error))) => error,
-                Err(_panic) => CallError::internal(),
-            };
-            let status = error.into_status(context.request_id.as_str(), backend);
-            let send = messages.send_timeout(Err(status), LoadAllSender::STALL_LIMIT);
-            // If the reader is gone, nobody is left to be told.
-            let _ = send.await;
-        });
-        let unfinished =
-            move || CallError::deadline_exceeded().into_status(request_id.as_str(), backend);
-        Ok(until_finished(receiver, unfinished).boxed())
+        Ok(load_all::messages(answer, context, permit))
     }
 }
 
@@ -400,7 +354,7 @@ impl GroupStateService for Service {
         self.finish(&call, result)
     }
 
-    type LoadAllStream = LoadAllStream;
+    type LoadAllStream = load_all::Messages;
 
     async fn load_all(
         &self,
@@ -435,118 +389,6 @@ impl Call {
             self.key = key().cloned();
         }
     }
-}
-
-// === impl LoadAllSender ===
-
-impl LoadAllSender {
-    /// A message is sent when it has grown to this.
-    const MESSAGE_BYTES: usize = 1 << 20;
-    /// A read that finds nothing shows that it goes on this often.
-    const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
-    /// A reader that takes no message for this long is given up.
-    const STALL_LIMIT: Duration = Duration::from_secs(60);
-
-    async fn group(&mut self, group: pb::AlertGroup) -> Result<(), SendError> {
-        self.make_room(group.encoded_len()).await?;
-        self.message.groups.push(group);
-        self.summary.groups += 1;
-        Ok(())
-    }
-
-    async fn problem(&mut self, problem: pb::GroupError) -> Result<(), SendError> {
-        self.make_room(problem.encoded_len()).await?;
-        self.message.problems.push(problem);
-        self.summary.problems += 1;
-        Ok(())
-    }
-
-    /// Sends the message if `bytes` more would make it too large.
-    async fn make_room(&mut self, bytes: usize) -> Result<(), SendError> {
-        // A tag and a length stand before each element.
-        let bytes = bytes + 6;
-        if self.bytes > 0 && self.bytes + bytes > Self::MESSAGE_BYTES {
-            self.send().await?;
-        }
-        self.bytes += bytes;
-        Ok(())
-    }
-
-    async fn send(&mut self) -> Result<(), SendError> {
-        let mut message = std::mem::take(&mut self.message);
-        message.backend = convert::backend(self.backend);
-        self.bytes = 0;
-        self.messages
-            .send_timeout(Ok(message), Self::STALL_LIMIT)
-            .await
-            .map_err(|_| SendError::ReaderGone)?;
-        self.last_sent = Instant::now();
-        Ok(())
-    }
-}
-
-/// Sends a whole LoadAll, its summary last.
-async fn send_all(
-    answer: Answer<LoadAll>,
-    messages: mpsc::Sender<Result<pb::LoadAllResponse, Status>>,
-    deadline: Deadline,
-) -> Result<(), SendError> {
-    let mut batches = answer.value.batches;
-    let mut sender = LoadAllSender {
-        messages,
-        backend: answer.backend,
-        message: pb::LoadAllResponse::default(),
-        bytes: 0,
-        last_sent: Instant::now(),
-        summary: pb::LoadAllSummary {
-            complete: answer.value.complete,
-            ..pb::LoadAllSummary::default()
-        },
-    };
-    let send = async {
-        while let Some(batch) = batches.next().await {
-            let batch = batch.map_err(|failure| SendError::Call(failure.into()))?;
-            for group in batch.groups {
-                sender.group(convert::group(group)).await?;
-            }
-            for problem in batch.problems {
-                let error = CallError::from(problem.error).into_group_error(problem.key);
-                sender.problem(error).await?;
-            }
-            if sender.bytes > 0 || sender.last_sent.elapsed() > LoadAllSender::SIGN_OF_LIFE {
-                sender.send().await?;
-            }
-        }
-        sender.message.summary = Some(sender.summary);
-        sender.send().await?;
-        Ok(())
-    };
-    match deadline.instant() {
-        Some(deadline) => tokio::time::timeout_at(deadline, send)
-            .await
-            .unwrap_or_else(|_| Err(SendError::Call(CallError::deadline_exceeded()))),
-        None => send.await,
-    }
-}
-
-/// The messages of a LoadAll. One that breaks off without a summary or an
-/// error, since its reader was given up, ends with the status `unfinished`: it
-/// must not look complete.
-fn until_finished(
-    messages: mpsc::Receiver<Result<pb::LoadAllResponse, Status>>,
-    unfinished: impl FnOnce() -> Status,
-) -> impl Stream<Item = Result<pb::LoadAllResponse, Status>> {
-    let state = (messages, Some(unfinished));
-    stream::unfold(state, |(mut messages, unfinished)| async move {
-        let unfinished = unfinished?;
-        Some(match messages.recv().await {
-            Some(Ok(message)) if message.summary.is_none() => {
-                (Ok(message), (messages, Some(unfinished)))
-            }
-            Some(last) => (last, (messages, None)),
-            None => (Err(unfinished()), (messages, None)),
-        })
-    })
 }
 
 fn store_result(

@@ -1,30 +1,18 @@
-//! The pool of Redis connections, and attempts at calls over it. Nothing else
-//! knows when to repeat a call.
+//! The pool of Redis connections, and what is known of the clock of Redis.
 
 use std::{
     fmt,
-    future::Future,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use fred::{
-    prelude::{
-        Builder, Client, ClientLike, Config, ConnectionConfig, Error, EventInterface,
-        PerformanceConfig, Pool, ReconnectPolicy, Value,
-    },
-    types::{ClusterHash, CustomCommand},
+use fred::prelude::{
+    Builder, Client, ClientLike, Config, ConnectionConfig, Error, EventInterface,
+    PerformanceConfig, Pool, ReconnectPolicy,
 };
 use tokio::time::Instant;
 
-use super::{
-    fault::Fault,
-    script::{Script, ScriptReply},
-};
-use crate::{
-    store::{Deadline, StoreError},
-    version::IntervalClock,
-};
+use crate::{store::StoreError, version::IntervalClock};
 
 /// Where Redis is and how to reach it. Its debug form holds no credentials.
 #[derive(Clone)]
@@ -43,40 +31,6 @@ pub struct Connections {
     clock: Arc<Mutex<IntervalClock>>,
     /// Where local microseconds begin.
     started: Instant,
-}
-
-/// The attempts at one call.
-///
-/// ```text
-/// let mut attempts = connections.attempts(deadline);
-/// while let Some(attempt) = attempts.next().await {
-///     match … {
-///         Ok(value) => return Ok(value),
-///         Err(fault) => attempts.failed(fault)?,
-///     }
-/// }
-/// Err(attempts.exhausted())
-/// ```
-pub struct Attempts<'a> {
-    connections: &'a Connections,
-    deadline: Deadline,
-    /// When the last attempt is given up.
-    end: Instant,
-    made: u32,
-    lost_since: Option<Instant>,
-    /// Why the last attempt failed.
-    reason: String,
-}
-
-/// One attempt at a call.
-pub struct Attempt {
-    pub client: Client,
-    pub sent: Instant,
-    /// When the attempt is given up.
-    pub until: Instant,
-    /// When the first attempt was sent that may have been executed although its
-    /// answer is missing.
-    pub lost_since: Option<Instant>,
 }
 
 // === impl RedisSettings ===
@@ -125,13 +79,6 @@ impl fmt::Debug for RedisSettings {
 // === impl Connections ===
 
 impl Connections {
-    /// The time a call without a deadline gets, all attempts together.
-    pub const CALL_BOUND: Duration = Duration::from_secs(1);
-
-    const MAX_ATTEMPTS: u32 = 3;
-    /// The pause before the second attempt is between nothing and this; it
-    /// doubles with each further attempt.
-    const FIRST_PAUSE: Duration = Duration::from_millis(10);
     const RECONNECT_MIN_DELAY_MS: u32 = 50;
     const RECONNECT_MAX_DELAY_MS: u32 = 500;
 
@@ -206,59 +153,21 @@ impl Connections {
         }
     }
 
-    /// The attempts that a call with this deadline may make.
-    pub fn attempts(&self, deadline: Deadline) -> Attempts<'_> {
-        Attempts {
-            connections: self,
-            deadline,
-            end: deadline.or_within(Self::CALL_BOUND),
-            made: 0,
-            lost_since: None,
-            reason: String::new(),
-        }
+    /// The client that takes the next command, if it is connected.
+    pub fn client(&self) -> Option<Client> {
+        let client = self.pool.next_connected();
+        client.is_connected().then(|| client.clone())
     }
 
-    /// What Redis's clock shows at least at a local moment. Asks Redis if that
-    /// is not known.
-    pub async fn earliest_redis_time(
-        &self,
-        attempt: &Attempt,
-        moment: Instant,
-    ) -> Result<i64, Fault> {
-        if let Some(known) = self.known_redis_time(moment) {
-            return Ok(known);
-        }
-        let sent = Instant::now();
-        let time: Vec<i64> = attempt
-            .run(on_any_node("TIME"), Vec::new())
-            .await?
-            .convert()
-            .map_err(|_| Fault::NotRun("Redis gave no time".into()))?;
-        let [seconds, micros] = time[..] else {
-            return Err(Fault::NotRun("Redis gave no time".into()));
-        };
-        self.observe(sent, seconds * 1_000_000 + micros);
-        self.known_redis_time(moment)
-            .ok_or_else(|| Fault::NotRun("the connection to Redis was lost".into()))
+    /// The time one command gets at most.
+    pub fn timeout(&self) -> Duration {
+        self.timeout
     }
 
-    fn known_redis_time(&self, moment: Instant) -> Option<i64> {
+    /// What Redis's clock shows at least at a local moment. None until Redis
+    /// has said what time it is.
+    pub fn redis_time(&self, moment: Instant) -> Option<i64> {
         lock(&self.clock).earliest_remote(self.micros(moment))
-    }
-
-    /// Runs a script on one key and learns from its reply what time it is in
-    /// Redis.
-    pub async fn run(
-        &self,
-        attempt: &Attempt,
-        script: &Script,
-        key: &str,
-        arguments: Vec<Value>,
-    ) -> Result<ScriptReply, Fault> {
-        let sent = Instant::now();
-        let reply = script.run(attempt, key, arguments).await?;
-        self.observe(sent, reply.now);
-        Ok(reply)
     }
 
     /// Takes in what time it was in Redis between `sent` and now.
@@ -270,144 +179,6 @@ impl Connections {
     fn micros(&self, moment: Instant) -> i64 {
         i64::try_from(moment.duration_since(self.started).as_micros()).unwrap_or(i64::MAX / 2)
     }
-}
-
-// === impl Attempts ===
-
-impl Attempts<'_> {
-    /// Goes on after a first attempt that was made elsewhere. `lost_since`: it
-    /// was sent then and its answer is missing.
-    pub fn after_first(mut self, lost_since: Option<Instant>) -> Self {
-        self.made = 1;
-        self.lost_since = lost_since;
-        self
-    }
-
-    /// The next attempt, after a pause if it is not the first. None when the
-    /// attempts or the time are used up.
-    pub async fn next(&mut self) -> Option<Attempt> {
-        while self.made < Connections::MAX_ATTEMPTS {
-            if self.made > 0 {
-                let longest = Connections::FIRST_PAUSE * 2u32.pow(self.made - 1);
-                tokio::time::sleep(longest.mul_f64(rand::random())).await;
-            }
-            self.made += 1;
-            let now = Instant::now();
-            if now >= self.end {
-                return None;
-            }
-            let client = self.connections.pool.next_connected();
-            if client.is_connected() {
-                // Half of what is left, so that there is time for another
-                // answer.
-                let share = ((self.end - now) / 2).min(self.connections.timeout);
-                return Some(Attempt {
-                    client: client.clone(),
-                    sent: now,
-                    until: now + share,
-                    lost_since: self.lost_since,
-                });
-            }
-            self.reason = "not connected".into();
-        }
-        None
-    }
-
-    /// Takes in the fault of `attempt`. An error when repeating is of no use.
-    pub fn failed(&mut self, attempt: &Attempt, fault: Fault) -> Result<(), StoreError> {
-        match fault {
-            Fault::Final(error) => return Err(error),
-            Fault::NotRun(text) => self.reason = text,
-            Fault::NoScript => self.reason = "it does not keep the scripts it is given".into(),
-            Fault::Lost(text) => {
-                self.lost_since = self.lost_since.or(Some(attempt.sent));
-                self.reason = text;
-            }
-        }
-        Ok(())
-    }
-
-    /// The error of a read that has used up its attempts.
-    pub fn exhausted(self) -> StoreError {
-        if self
-            .deadline
-            .instant()
-            .is_some_and(|at| at <= Instant::now())
-        {
-            StoreError::DeadlineExceeded
-        } else {
-            StoreError::Unavailable(format!("Redis does not answer: {}", self.reason))
-        }
-    }
-
-    /// The error of a write that has used up its attempts: one that may have
-    /// been executed must not be reported as one that was not.
-    pub fn write_exhausted(self) -> StoreError {
-        if self.lost_since.is_some() {
-            StoreError::OutcomeUnknown
-        } else {
-            self.exhausted()
-        }
-    }
-}
-
-// === impl Attempt ===
-
-impl Attempt {
-    /// Runs one command, at most until the attempt is given up.
-    pub async fn run(&self, command: CustomCommand, arguments: Vec<Value>) -> Result<Value, Fault> {
-        self.within(self.client.custom(command, arguments)).await
-    }
-
-    /// Runs commands in one pipeline. One result each, in order.
-    pub async fn pipeline(
-        &self,
-        commands: Vec<(CustomCommand, Vec<Value>)>,
-    ) -> Result<Vec<Result<Value, Fault>>, Fault> {
-        let pipeline = self.client.pipeline();
-        let queued = commands.len();
-        for (command, arguments) in commands {
-            // Answered at once; sent below.
-            let answer: Result<Value, Error> = pipeline.custom(command, arguments).await;
-            answer.map_err(|error| Fault::NotRun(error.details().to_owned()))?;
-        }
-        let replies = self
-            .within(async { Ok(pipeline.try_all::<Value>().await) })
-            .await?;
-        if replies.len() == queued {
-            return Ok(replies
-                .into_iter()
-                .map(|reply| reply.map_err(|error| Fault::of(&error)))
-                .collect());
-        }
-        // The pipeline failed as a whole.
-        Err(match replies.first() {
-            Some(Err(error)) => Fault::of(error),
-            _ => Fault::Lost("replies are missing".into()),
-        })
-    }
-
-    /// Awaits a call of fred, at most until the attempt is given up.
-    pub async fn within<T>(
-        &self,
-        call: impl Future<Output = Result<T, Error>>,
-    ) -> Result<T, Fault> {
-        match tokio::time::timeout_at(self.until, call).await {
-            Ok(Ok(value)) => Ok(value),
-            Ok(Err(error)) => Err(Fault::of(&error)),
-            Err(_) => Err(Fault::Lost("no answer in time".into())),
-        }
-    }
-}
-
-/// A command on the key that is its first argument.
-pub fn on_key(command: &'static str) -> CustomCommand {
-    CustomCommand::new_static(command, ClusterHash::Offset(0), false)
-}
-
-/// A command without a key.
-pub fn on_any_node(command: &'static str) -> CustomCommand {
-    CustomCommand::new_static(command, ClusterHash::Random, false)
 }
 
 /// Locks what cannot be left half changed.

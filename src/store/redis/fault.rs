@@ -47,6 +47,15 @@ impl Fault {
             Self::NotRun(text.to_owned())
         }
     }
+
+    /// The same fault of a command that only prepares a write: whether it was
+    /// executed or not, nothing was written.
+    pub fn before_the_write(self) -> Self {
+        match self {
+            Self::Lost(text) => Self::NotRun(text),
+            fault => fault,
+        }
+    }
 }
 
 /// Replies of Redis begin with a code in capitals (`ERR`, `LOADING`, …); fred's

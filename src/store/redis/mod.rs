@@ -1,9 +1,10 @@
 //! The Redis store: one string key a group, one script call a write.
 //!
-//! This folder is the only place that knows fred. `connection.rs` decides when
-//! a call is repeated, `fault.rs` what an error means, `script.rs` and the
+//! This folder is the only place that knows fred. `attempt.rs` decides when a
+//! call is repeated, `fault.rs` what an error means, `script.rs` and the
 //! `.lua` files do the work on one key, `scan.rs` lists.
 
+mod attempt;
 mod connection;
 mod fault;
 mod scan;
@@ -19,10 +20,11 @@ use tokio::time::Instant;
 
 pub use self::connection::RedisSettings;
 use self::{
-    connection::{Attempt, Attempts, Connections, on_key},
+    attempt::{Attempt, Attempts, on_any_node, on_key},
+    connection::Connections,
     fault::Fault,
     scan::KeySpace,
-    script::ScriptReply,
+    script::{Script, ScriptReply},
 };
 use super::{
     Backend, Deadline, Deletion, Expiry, KeyPage, Reply, StoreError, Written,
@@ -127,13 +129,12 @@ impl RedisStore {
         write: &WriteCall<'_>,
         attempt: &Attempt,
     ) -> Result<WriteOutcome, Fault> {
-        let key = self.keys.redis_key(write.head.key());
+        let key = write.head.key();
         let bounds = self.bounds(attempt).await?;
         let reply = self
-            .connections
-            .run(attempt, &script::WRITE, &key, write.arguments(&bounds))
+            .run(attempt, &script::WRITE, key, write.arguments(&bounds))
             .await?;
-        read_write_reply(write.head.key(), &reply)
+        read_write_reply(key, &reply)
     }
 
     async fn try_remove(
@@ -148,11 +149,7 @@ impl RedisStore {
             bounds.deadline,
             bounds.lost_since,
         ];
-        let redis_key = self.keys.redis_key(key);
-        let reply = self
-            .connections
-            .run(attempt, &script::DELETE, &redis_key, arguments)
-            .await?;
+        let reply = self.run(attempt, &script::DELETE, key, arguments).await?;
         read_delete_reply(key, &reply)
     }
 
@@ -162,19 +159,17 @@ impl RedisStore {
         with_expiry: bool,
         attempt: &Attempt,
     ) -> Result<Option<StoredDocument>, Fault> {
-        let redis_key = self.keys.redis_key(key);
         let (json, expires_at) = if with_expiry {
-            let reply = self
-                .connections
-                .run(attempt, &script::READ, &redis_key, Vec::new())
-                .await?;
+            let reply = self.run(attempt, &script::READ, key, Vec::new()).await?;
             match reply.status.as_str() {
                 "absent" => (None, None),
                 "read" => (reply.bytes(0), expiry(&reply, 1)),
                 _ => return Err(reply.fault()),
             }
         } else {
-            let value = attempt.run(on_key("GET"), vec![redis_key.into()]).await?;
+            let value = attempt
+                .run(on_key("GET"), vec![self.keys.redis_key(key).into()])
+                .await?;
             (script::bytes(&value), None)
         };
         Ok(json.map(|json| StoredDocument {
@@ -186,24 +181,52 @@ impl RedisStore {
         }))
     }
 
+    /// Runs a script on one key and learns from its reply what time it is in
+    /// Redis.
+    async fn run(
+        &self,
+        attempt: &Attempt,
+        script: &Script,
+        key: &GroupKey,
+        arguments: Vec<Value>,
+    ) -> Result<ScriptReply, Fault> {
+        let sent = Instant::now();
+        let redis_key = self.keys.redis_key(key);
+        let reply = script.run(attempt, &redis_key, arguments).await?;
+        self.connections.observe(sent, reply.now);
+        Ok(reply)
+    }
+
     /// The bounds of an attempt in the time of Redis.
     async fn bounds(&self, attempt: &Attempt) -> Result<TimeBounds, Fault> {
-        let deadline = self
-            .connections
-            .earliest_redis_time(attempt, attempt.until)
-            .await?;
-        let lost_since = match attempt.lost_since {
-            Some(since) => self
-                .connections
-                .earliest_redis_time(attempt, since)
-                .await?
-                .to_string(),
-            None => String::new(),
+        if self.connections.redis_time(attempt.until).is_none() {
+            self.ask_time(attempt).await?;
+        }
+        let redis_time = |moment| {
+            let time = self.connections.redis_time(moment);
+            let time = time.ok_or_else(|| Fault::NotRun("connecting again".into()))?;
+            Ok(time.to_string().into())
         };
         Ok(TimeBounds {
-            deadline: deadline.to_string().into(),
-            lost_since: lost_since.into(),
+            deadline: redis_time(attempt.until)?,
+            lost_since: match attempt.lost_since {
+                Some(since) => redis_time(since)?,
+                None => "".into(),
+            },
         })
+    }
+
+    /// Asks Redis what time it is.
+    async fn ask_time(&self, attempt: &Attempt) -> Result<(), Fault> {
+        let sent = Instant::now();
+        let reply = attempt.run(on_any_node("TIME"), Vec::new()).await;
+        let reply = reply.map_err(Fault::before_the_write)?;
+        let time: Option<Vec<i64>> = reply.convert().ok();
+        let Some([seconds, micros]) = time.as_deref() else {
+            return Err(Fault::Final(StoreError::Bug("TIME: no time".into())));
+        };
+        self.connections.observe(sent, seconds * 1_000_000 + micros);
+        Ok(())
     }
 }
 
@@ -222,7 +245,7 @@ impl DocumentStore for RedisStore {
     ) -> Reply<WriteOutcome> {
         let write = self.new_write(head, condition, expiry);
         match self
-            .finish_write(&write, self.connections.attempts(deadline))
+            .finish_write(&write, Attempts::new(&self.connections, deadline))
             .await
         {
             Ok(outcome) => Ok(BACKEND.answers(outcome)),
@@ -236,7 +259,7 @@ impl DocumentStore for RedisStore {
         with_expiry: bool,
         deadline: Deadline,
     ) -> Reply<Option<StoredDocument>> {
-        let mut attempts = self.connections.attempts(deadline);
+        let mut attempts = Attempts::new(&self.connections, deadline);
         while let Some(attempt) = attempts.next().await {
             match self.try_read(key, with_expiry, &attempt).await {
                 Ok(found) => return Ok(BACKEND.answers(found)),
@@ -254,7 +277,7 @@ impl DocumentStore for RedisStore {
         expected: Option<Version>,
         deadline: Deadline,
     ) -> Reply<Deletion> {
-        let mut attempts = self.connections.attempts(deadline);
+        let mut attempts = Attempts::new(&self.connections, deadline);
         while let Some(attempt) = attempts.next().await {
             match self.try_remove(key, expected, &attempt).await {
                 Ok(deletion) => return Ok(BACKEND.answers(deletion)),
@@ -333,7 +356,7 @@ impl RedisStore {
         deadline: Deadline,
     ) -> Vec<Result<WriteOutcome, StoreError>> {
         let sent = Instant::now();
-        let results = match self.connections.attempts(deadline).next().await {
+        let results = match Attempts::new(&self.connections, deadline).next().await {
             Some(attempt) => {
                 let results = self.pipeline(&writes, &attempt).await;
                 if results.contains(&Err(Fault::NoScript)) {
@@ -354,7 +377,7 @@ impl RedisStore {
                     Err(Fault::Lost(_)) => Some(sent),
                     Err(Fault::NotRun(_) | Fault::NoScript) => None,
                 };
-                let attempts = self.connections.attempts(deadline).after_first(lost_since);
+                let attempts = Attempts::new(&self.connections, deadline).after_first(lost_since);
                 self.finish_write(write, attempts).await
             });
         }

@@ -12,7 +12,8 @@ use futures::{Stream, stream};
 use tokio::time::Instant;
 
 use super::{
-    connection::{Connections, on_any_node, on_key},
+    attempt::{Attempts, on_any_node, on_key},
+    connection::Connections,
     fault::Fault,
     script,
 };
@@ -272,9 +273,9 @@ impl KeySpace {
             return Ok(Vec::new());
         }
         // Each step of a listing gets the time of one call.
-        let bound = Instant::now() + Connections::CALL_BOUND;
+        let bound = Instant::now() + Attempts::CALL_BOUND;
         let deadline = deadline.instant().map_or(bound, |at| at.min(bound));
-        let mut attempts = self.connections.attempts(Deadline::at(deadline));
+        let mut attempts = Attempts::new(&self.connections, Deadline::at(deadline));
         while let Some(attempt) = attempts.next().await {
             let replies = attempt.pipeline(commands.clone()).await;
             match replies.and_then(|replies| replies.into_iter().map(unless_foreign).collect()) {

@@ -10,7 +10,7 @@ use fred::{
 use sha1::{Digest, Sha1};
 
 use super::{
-    connection::{Attempt, on_any_node},
+    attempt::{Attempt, on_any_node},
     fault::Fault,
 };
 use crate::store::StoreError;
@@ -103,10 +103,8 @@ impl Script {
     /// Makes the script known to the server.
     pub async fn load(&self, attempt: &Attempt) -> Result<(), Fault> {
         let arguments = vec!["LOAD".into(), self.source.into()];
-        attempt
-            .run(on_any_node("SCRIPT"), arguments)
-            .await
-            .map(|_| ())
+        let loaded = attempt.run(on_any_node("SCRIPT"), arguments).await;
+        loaded.map(|_| ()).map_err(Fault::before_the_write)
     }
 }
 
