@@ -28,14 +28,17 @@ async fn fill(client: &mut Client, count: usize) {
             expiry: None,
         };
         let reply = client.store_all(request).await.unwrap().into_inner();
-        assert!(reply.results.iter().all(|result| result.error.is_none()));
+        for result in reply.results {
+            assert_eq!(result.error, None);
+        }
     }
 }
 
 #[tokio::test]
 async fn the_last_message_sums_up_what_was_sent() {
     let redis = RedisServer::start().await;
-    for arguments in [&[][..], &["--redis-url", &redis.url()]] {
+    let patient = ["--redis-url", &redis.url(), "--redis-timeout", "5s"];
+    for arguments in [&[][..], &patient] {
         let service = Service::start(arguments);
         let mut client = service.client().await;
         fill(&mut client, 5_000).await;
@@ -88,7 +91,8 @@ async fn a_deadline_ends_a_load_all_without_a_summary() {
 async fn a_reader_that_stops_reading_costs_neither_memory_nor_speed() {
     const GROUPS: usize = 100_000;
     let redis = RedisServer::start().await;
-    let service = Service::start(&["--redis-url", &redis.url()]);
+    // Patient, since this test is not about a machine that is busy.
+    let service = Service::start(&["--redis-url", &redis.url(), "--redis-timeout", "5s"]);
     let mut client = service.client().await;
     fill(&mut client, GROUPS).await;
     median_load(&mut client).await;

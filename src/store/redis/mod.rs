@@ -38,6 +38,13 @@ use crate::{
 
 const BACKEND: Backend = Backend::Redis;
 
+/// Documents that one pipeline of `write_all` holds at most, and calls at once
+/// where they have to be written one by one.
+const WRITES_PER_PIPELINE: usize = 100;
+/// Bytes of documents that one pipeline holds at most, unless a single document
+/// has more: a pipeline gets no more time than one command.
+const BYTES_PER_PIPELINE: usize = 1 << 20;
+
 /// Keeps documents in Redis.
 #[derive(Clone)]
 pub struct RedisStore {
@@ -67,9 +74,6 @@ struct TimeBounds {
 // === impl RedisStore ===
 
 impl RedisStore {
-    /// Documents that one pipeline of `write_all` holds, and calls at once where
-    /// they have to be written one by one.
-    const WRITES_PER_PIPELINE: usize = 100;
     /// The time a batch without a deadline gets.
     const BATCH_BOUND: Duration = Duration::from_secs(5);
 
@@ -297,7 +301,7 @@ impl DocumentStore for RedisStore {
     ) -> Vec<Reply<Written>> {
         let deadline = Deadline::at(deadline.or_within(Self::BATCH_BOUND));
         let mut replies = Vec::with_capacity(heads.len());
-        for chunk in heads.chunks(Self::WRITES_PER_PIPELINE) {
+        for chunk in pipelines(heads) {
             let writes: Vec<_> = chunk
                 .iter()
                 .map(|head| self.new_write(head, Condition::Any, expiry))
@@ -443,6 +447,22 @@ impl WriteCall<'_> {
     }
 }
 
+/// Cuts a batch into what is sent at once.
+fn pipelines(mut heads: &[DocumentHead]) -> Vec<&[DocumentHead]> {
+    let mut pipelines = Vec::new();
+    while !heads.is_empty() {
+        let mut bytes = 0;
+        let fitting = heads.iter().take(WRITES_PER_PIPELINE).take_while(|head| {
+            bytes += head.stored_bytes();
+            bytes <= BYTES_PER_PIPELINE
+        });
+        let (pipeline, rest) = heads.split_at(fitting.count().max(1));
+        pipelines.push(pipeline);
+        heads = rest;
+    }
+    pipelines
+}
+
 fn read_write_reply(key: &GroupKey, reply: &ScriptReply) -> Result<WriteOutcome, Fault> {
     match reply.status.as_str() {
         "written" => {
@@ -506,4 +526,28 @@ fn unreadable(key: &GroupKey, json: Option<Bytes>) -> Fault {
         .err()
         .unwrap_or_else(|| Unreadable::new(&document.json, "Redis cannot parse it as JSON".into()));
     Fault::Final(StoreError::Unreadable(why))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::group::{AlertGroup, GroupMetadata};
+
+    #[test]
+    fn a_batch_is_cut_by_number_and_by_bytes() {
+        let head = |name_bytes: usize| {
+            DocumentHead::new(&AlertGroup {
+                key: GroupKey::new("k".repeat(name_bytes)).unwrap(),
+                alerts: Default::default(),
+                metadata: GroupMetadata::default(),
+            })
+        };
+        let lengths = |heads: &[DocumentHead]| -> Vec<usize> {
+            pipelines(heads).into_iter().map(<[_]>::len).collect()
+        };
+        assert_eq!(lengths(&[]), [0; 0]);
+        assert_eq!(lengths(&vec![head(1); 250]), [100, 100, 50]);
+        assert_eq!(lengths(&vec![head(400_000); 5]), [2, 2, 1]);
+        assert_eq!(lengths(&[head(1), head(2_000_000), head(1)]), [1, 1, 1]);
+    }
 }
