@@ -39,9 +39,9 @@ pub struct Settings {
           value_parser = clap::value_parser!(u16).range(1..=256))]
     pub redis_pool_size: u16,
 
-    /// Time that one Redis command gets at most.
+    /// Time that one Redis command gets at most; 1ms to 1m.
     #[arg(long, env = "GROUPSTATE_REDIS_TIMEOUT", value_name = "DURATION", default_value = "250ms",
-          value_parser = positive_duration)]
+          value_parser = redis_timeout)]
     pub redis_timeout: Duration,
 
     /// ACL user for Redis; takes the place of the one in the URL.
@@ -73,7 +73,7 @@ pub struct Settings {
           value_parser = duration)]
     pub default_ttl: Duration,
 
-    /// The longest time to live that a writer may ask for.
+    /// The longest time to live that a writer may ask for; at most 3650d.
     #[arg(long, env = "GROUPSTATE_MAX_TTL", value_name = "DURATION", default_value = "30d",
           value_parser = duration)]
     pub max_ttl: Duration,
@@ -169,6 +169,10 @@ pub enum LogFormat {
     Text,
 }
 
+/// Clocks can count up to here without a check at every sum.
+const LONGEST_TTL: Duration = Duration::from_secs(3_650 * 24 * 3_600);
+const LONGEST_REDIS_TIMEOUT: Duration = Duration::from_secs(60);
+
 // === impl Settings ===
 
 impl Settings {
@@ -200,6 +204,9 @@ impl Settings {
         }
         if self.max_ttl < self.default_ttl {
             return Err("--max-ttl must not be less than --default-ttl".into());
+        }
+        if self.max_ttl > LONGEST_TTL {
+            return Err("--max-ttl must be at most 3650d".into());
         }
         self.redis().map(|_| ())
     }
@@ -247,12 +254,12 @@ fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|_| "write it as 250ms, 5s or 24h".to_owned())
 }
 
-fn positive_duration(text: &str) -> Result<Duration, String> {
-    let duration = duration(text)?;
-    if duration < Duration::from_millis(1) {
-        return Err("must be at least 1ms".into());
+fn redis_timeout(text: &str) -> Result<Duration, String> {
+    let timeout = duration(text)?;
+    if !(Duration::from_millis(1)..=LONGEST_REDIS_TIMEOUT).contains(&timeout) {
+        return Err("must be from 1ms to 1m".into());
     }
-    Ok(duration)
+    Ok(timeout)
 }
 
 fn size(text: &str) -> Result<usize, String> {
@@ -316,6 +323,8 @@ mod tests {
         for (arguments, named) in [
             (&["--redis-timeout", "fast"][..], "--redis-timeout"),
             (&["--redis-timeout", "0s"], "--redis-timeout"),
+            (&["--redis-timeout", "2m"], "--redis-timeout"),
+            (&["--max-ttl", "3651d"], "--max-ttl"),
             (&["--max-key-bytes", "5000"], "--max-key-bytes"),
             (&["--max-scans", "0"], "--max-scans"),
             (&["--max-scans", "99999999999"], "--max-scans"),

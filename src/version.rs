@@ -93,9 +93,12 @@ impl fmt::Display for Version {
 // === impl MemoryVersions ===
 
 impl MemoryVersions {
-    /// A new version lies up to this many steps of 16 past the least possible
-    /// one, at random, so that two instances with equal low bits do not meet.
-    const RANDOM_STEPS: i64 = 4_096;
+    /// A version lies up to this many steps of 16 past the clock, at random, so
+    /// that two instances with equal low bits do not meet: 65 ms.
+    const STEPS_PAST_CLOCK: i64 = 4_096;
+    /// One that follows others faster than that lies up to this many steps past
+    /// the last: few, so that 40,000 writes a second do not outrun the clock.
+    const STEPS_PAST_LAST: i64 = 2;
 
     pub fn new() -> Self {
         Self {
@@ -107,15 +110,19 @@ impl MemoryVersions {
     /// The version of a write that replaces `previous`. None when `previous`
     /// cannot be raised any more.
     pub fn next(&self, previous: Option<Version>, now_micros: i64) -> Option<Version> {
-        let random_steps = rand::random_range(0..Self::RANDOM_STEPS);
         // Nothing panics while the lock is held, and a number cannot be left
         // half written.
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let at_least = previous.map_or(0, Version::get).max(*last).max(now_micros);
-        if at_least >= Version::MAX_RAISABLE {
+        let taken = previous.map_or(0, Version::get).max(*last);
+        if taken.max(now_micros) >= Version::MAX_RAISABLE {
             return None;
         }
-        let version = (at_least / 16 + 1 + random_steps) * 16 + self.low_bits;
+        let steps = if now_micros > taken {
+            now_micros / 16 + 1 + rand::random_range(0..Self::STEPS_PAST_CLOCK)
+        } else {
+            taken / 16 + 1 + rand::random_range(0..Self::STEPS_PAST_LAST)
+        };
+        let version = steps * 16 + self.low_bits;
         if version > Version::MAX_RAISABLE {
             return None;
         }
@@ -237,6 +244,17 @@ mod tests {
             assert!(version.get() >= now);
             assert!((8..16).contains(&(version.get() % 16)));
             previous = Some(version);
+        }
+    }
+
+    #[test]
+    fn memory_versions_do_not_outrun_the_clock() {
+        let versions = MemoryVersions::new();
+        let mut now = 1_000_000;
+        for _ in 0..100_000 {
+            now += 30; // 33,000 writes a second
+            let version = versions.next(None, now).unwrap();
+            assert!((0..100_000).contains(&(version.get() - now)));
         }
     }
 
