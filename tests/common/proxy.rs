@@ -4,7 +4,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
 };
 
@@ -25,7 +25,8 @@ struct State {
     /// The next reply after a request that contains `EVALSHA` is swallowed and
     /// its connection closed.
     armed: AtomicBool,
-    swallowed: AtomicUsize,
+    /// Whether that has happened since.
+    swallowed: AtomicBool,
     swallowed_one: Notify,
     /// New connections wait as long as this holds.
     held: AtomicBool,
@@ -54,14 +55,15 @@ impl Proxy {
     /// then, and closes the connection. Later script calls of all connections
     /// wait until [`Proxy::release`].
     pub fn swallow_next_reply(&self) {
+        self.state.swallowed.store(false, Ordering::SeqCst);
         self.state.held.store(true, Ordering::SeqCst);
         self.state.armed.store(true, Ordering::SeqCst);
     }
 
-    /// Waits until a reply was swallowed.
+    /// Waits until that reply was swallowed.
     pub async fn swallowed(&self) {
         let notified = self.state.swallowed_one.notified();
-        if self.state.swallowed.load(Ordering::SeqCst) == 0 {
+        if !self.state.swallowed.load(Ordering::SeqCst) {
             notified.await;
         }
     }
@@ -108,7 +110,7 @@ async fn pass(client: TcpStream, upstream: SocketAddr, state: Arc<State>) {
         let mut buffer = vec![0; 64 * 1024];
         while let Ok(read @ 1..) = from_server.read(&mut buffer).await {
             if swallow.load(Ordering::SeqCst) {
-                state.swallowed.fetch_add(1, Ordering::SeqCst);
+                state.swallowed.store(true, Ordering::SeqCst);
                 state.swallowed_one.notify_waiters();
                 return;
             }

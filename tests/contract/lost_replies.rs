@@ -18,7 +18,7 @@ use crate::{
 /// A store behind a proxy that can lose replies, and another writer that talks
 /// to the same Redis directly.
 struct Scene {
-    _server: RedisServer,
+    server: RedisServer,
     proxy: Arc<Proxy>,
     store: Store,
     other: Store,
@@ -34,7 +34,7 @@ impl Scene {
             store: store_at(&proxy.url(), timeout).await,
             other: store_at(&server.url(), timeout).await,
             proxy,
-            _server: server,
+            server,
         };
         // The scripts and the clock are known from here on, so that the next
         // reply to a script call is the one to a write.
@@ -251,6 +251,44 @@ async fn a_delete_whose_reply_is_lost_does_not_delete_a_later_group() {
                 .alerts
                 .contains_key("theirs")
         );
+    }
+}
+
+/// Whatever has replaced the group since: the call may have been executed
+/// before that, and must not say that it was refused.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_whose_reply_is_lost_does_not_claim_that_it_was_refused() {
+    let scene = Scene::new().await;
+    let replace = async |commands: &[&[&str]]| {
+        let mut connection = scene.server.connect().await;
+        for command in commands {
+            let mut sent = redis::cmd(command[0]);
+            sent.arg(&command[1..]);
+            let _: redis::Value = sent.query_async(&mut connection).await.unwrap();
+        }
+    };
+    let foreign: &[&[&str]] = &[&["DEL", "group:k"], &["RPUSH", "group:k", "x"]];
+    let unreadable: &[&[&str]] = &[&["SET", "group:k", "not JSON"]];
+    for replaced in [foreign, unreadable] {
+        let mine = || group("k", &["mine"]);
+        replace(&[&["DEL", "group:k"]]).await;
+        assert_unknown(
+            scene
+                .lose_reply(store_call(mine()), replace(replaced))
+                .await,
+        );
+
+        replace(&[&["DEL", "group:k"]]).await;
+        assert_unknown(
+            scene
+                .lose_reply(swap_call(mine(), None), replace(replaced))
+                .await,
+        );
+
+        replace(&[&["DEL", "group:k"]]).await;
+        let version = put(&scene.other, &mine()).await.version;
+        let delete = delete_call(Some(version));
+        assert_unknown(scene.lose_reply(delete, replace(replaced)).await);
     }
 }
 

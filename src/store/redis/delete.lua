@@ -15,7 +15,7 @@ local key, condition, lost_since = KEYS[1], ARGV[1], ARGV[3]
 
 if now > tonumber(ARGV[2]) then return reply('late') end
 local found, err = look_up(key)
-if not found then return refuse(err) end
+if not found then return refuse(err, lost_since) end
 
 if lost_since ~= '' then
   -- See write.lua. Nothing stored says nothing: this call or another one may
@@ -37,5 +37,5 @@ elseif condition ~= 'any' then
 end
 
 local done = redis.pcall('DEL', key)
-if type(done) == 'table' then return refuse(done.err) end
+if type(done) == 'table' then return refuse(done.err, lost_since) end
 return reply('deleted', version, size, digest)

@@ -61,7 +61,9 @@ local function look_up(key)
   return found
 end
 
-local function refuse(err)
-  if string.find(err, 'WRONGTYPE', 1, true) then return reply('foreign') end
-  return reply('failed', err)
+-- What a refused command comes to. After a lost attempt, which may have been
+-- executed before another type came to lie at the key, nothing is sure.
+local function refuse(err, lost_since)
+  if not string.find(err, 'WRONGTYPE', 1, true) then return reply('failed', err) end
+  return reply(lost_since ~= '' and 'unknown' or 'foreign')
 end

@@ -20,7 +20,7 @@ local write_id, lost_since = ARGV[6], ARGV[7]
 
 if now > tonumber(ARGV[5]) then return reply('late') end
 local found, err = look_up(key)
-if not found then return refuse(err) end
+if not found then return refuse(err, lost_since) end
 
 local function expiry(ttl)
   return string.format('%.0f', math.floor(now / 1000) + ttl)
@@ -36,10 +36,6 @@ if found.write_id == write_id then
 end
 
 local unreadable = found.exists and not found.version
-if unreadable and condition ~= 'any' then
-  return reply('unreadable', redis.call('GET', key))
-end
-
 local matches = found.exists and found.version == condition and not found.inexact
 if lost_since ~= '' then
   -- The lost attempt may have been executed, and its result replaced or
@@ -50,6 +46,8 @@ if lost_since ~= '' then
     if not older then return reply('unknown') end
     if condition ~= 'any' then return conflict() end
   end
+elseif unreadable and condition ~= 'any' then
+  return reply('unreadable', redis.call('GET', key))
 elseif condition == 'absent' then
   if found.exists then return conflict() end
 elseif condition ~= 'any' then
@@ -83,5 +81,5 @@ else
   left = tonumber(ARGV[3])
   done = redis.pcall('SET', key, document, 'PX', ARGV[3])
 end
-if done.err then return refuse(done.err) end
+if done.err then return refuse(done.err, lost_since) end
 return reply('written', version, expiry(left), size, digest)
