@@ -67,6 +67,34 @@ async fn a_restart_in_the_middle_of_a_load_all_is_never_taken_for_its_end() {
     assert_eq!(error.unwrap().error, StoreError::ListingRestarted);
 }
 
+/// The keys are all found by the first `SCAN`, and read in several batches: a
+/// Redis that comes back empty in between holds none of the rest.
+#[tokio::test]
+async fn a_restart_after_the_last_key_was_found_is_never_taken_for_its_end() {
+    let (store, mut server) = redis_store().await;
+    let groups: Vec<_> = (0..500)
+        .map(|i| {
+            let mut group = group(&format!("k/{i}"), &["a"]);
+            group.alerts.get_mut("a").unwrap().generator_url = "x".repeat(10_000);
+            group
+        })
+        .collect();
+    for reply in store.store_all(&groups, HOUR, Deadline::NONE).await {
+        reply.unwrap();
+    }
+    let mut all = store.load_all("", Deadline::NONE).await.unwrap().value;
+    let first = all.batches.next().await.unwrap().unwrap();
+    assert!((1..500).contains(&first.groups.len()));
+
+    server.restart().await;
+    reconnected(&store).await;
+    let mut error = None;
+    while let Some(batch) = all.batches.next().await {
+        error = batch.err();
+    }
+    assert_eq!(error.unwrap().error, StoreError::ListingRestarted);
+}
+
 #[tokio::test]
 async fn keys_of_the_service_itself_and_foreign_keys_are_not_listed() {
     let (store, server) = redis_store().await;

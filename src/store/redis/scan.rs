@@ -296,13 +296,13 @@ impl Reading {
                 return Ok(None);
             };
             self.find(&cursor).await?;
-            if self.cursor.is_none() {
-                // Before the last batch is handed out, not after it: what was
-                // read is complete only if one server was read.
-                self.keys.check_run_id(&self.run_id, self.deadline).await?;
-            }
         }
         let documents = self.read().await?;
+        if self.cursor.is_none() && self.found.is_empty() {
+            // After the last read and before it is handed out: what was read is
+            // complete only if one server was read to the end.
+            self.keys.check_run_id(&self.run_id, self.deadline).await?;
+        }
         Ok(Some(DocumentBatch {
             documents,
             problems: std::mem::take(&mut self.problems),
