@@ -1,6 +1,6 @@
 //! The eight calls: validate, ask the store, reply.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status};
@@ -37,9 +37,6 @@ struct Call {
 // === impl Service ===
 
 impl Service {
-    /// The time a batch without a deadline gets.
-    const BATCH_BOUND: Duration = Duration::from_secs(5);
-
     /// At most `max_scans` listings and LoadAlls run at once; more are refused.
     pub fn new(store: Arc<dyn GroupStore>, limits: Limits, max_scans: usize) -> Self {
         Self {
@@ -198,7 +195,6 @@ impl Service {
         for (key, group) in batch {
             checked.push((key, group.map(|group| groups.push(group))));
         }
-        let deadline = Deadline::at(deadline.or_within(Self::BATCH_BOUND));
         let replies = self.store.store_all(&groups, expiry, deadline).await;
 
         let mut replies = replies.into_iter();
