@@ -105,13 +105,16 @@ impl DocumentHead {
     }
 
     fn with_tail(&self, write_id: &str, end: String) -> Bytes {
-        let mut json = Vec::with_capacity(self.json.len() + Self::MAX_TAIL_BYTES);
-        json.extend_from_slice(&self.json);
-        json.extend_from_slice(b",\"write_id\":\"");
-        json.extend_from_slice(write_id.as_bytes());
-        json.extend_from_slice(b"\",\"version\":");
-        json.extend_from_slice(end.as_bytes());
-        json.into()
+        // In one piece of exactly the size that it takes: it may be kept.
+        [
+            &self.json,
+            &b",\"write_id\":\""[..],
+            write_id.as_bytes(),
+            b"\",\"version\":",
+            end.as_bytes(),
+        ]
+        .concat()
+        .into()
     }
 }
 
@@ -141,6 +144,38 @@ impl Document {
                 ..form.metadata
             },
         })
+    }
+}
+
+impl Document {
+    /// The version that the document says, None if it cannot be read. Reads no
+    /// more than the tail of a document of ours.
+    pub fn version(&self) -> Option<Version> {
+        if let Some(version) = self.version_in_tail() {
+            return Some(version);
+        }
+        self.parse().ok()?.metadata.version
+    }
+
+    /// Whether the call with this write id has written the document.
+    pub fn was_written_by(&self, write_id: &str) -> bool {
+        let tail = self.json.len().saturating_sub(DocumentHead::MAX_TAIL_BYTES);
+        let wanted = format!("\"write_id\":\"{write_id}\",\"version\":");
+        self.json[tail..]
+            .windows(wanted.len())
+            .any(|text| text == wanted.as_bytes())
+    }
+
+    /// The version in `,"version":N}` at the very end.
+    fn version_in_tail(&self) -> Option<Version> {
+        let json = self.json.strip_suffix(b"}")?;
+        let digits = json.iter().rev().take_while(|c| c.is_ascii_digit()).count();
+        let (rest, digits) = json.split_at(json.len() - digits);
+        if !rest.ends_with(b"},\"version\":") {
+            return None;
+        }
+        let version = std::str::from_utf8(digits).ok()?.parse().ok()?;
+        Version::new(version)
     }
 }
 
@@ -189,6 +224,26 @@ mod tests {
             std::str::from_utf8(&written.json).unwrap(),
             r#"{"key":"a","alerts":{},"metadata":{"state":"firing","firing_count":0,"resolved_count":0,"group_by":[],"write_id":"i-1","version":16},"version":16}"#,
         );
+    }
+
+    #[test]
+    fn the_tail_tells_version_and_writer() {
+        let group = AlertGroup {
+            key: GroupKey::new("a").unwrap(),
+            alerts: BTreeMap::new(),
+            metadata: GroupMetadata::default(),
+        };
+        let written = DocumentHead::new(&group).finish("i-1", version(16));
+        assert_eq!(written.version(), Some(version(16)));
+        assert!(written.was_written_by("i-1"));
+        assert!(!written.was_written_by("i-") && !written.was_written_by("i-11"));
+        // Of another writer, with another tail.
+        let foreign = r#"{"version":7,"key":"a","metadata":{"state":"mixed","version":3}}"#;
+        let foreign = document("a", foreign);
+        assert_eq!(foreign.version(), Some(version(7)));
+        assert!(!foreign.was_written_by("i-1"));
+        assert_eq!(document("a", "{}").version(), None);
+        assert!(!document("a", "").was_written_by("i-1"));
     }
 
     #[test]

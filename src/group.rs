@@ -1,4 +1,5 @@
-//! The domain: a group of alerts, its key, its times. Values only, no I/O.
+//! The domain: a group of alerts, its key, its times, and how two states of one
+//! group are merged. Values only, no I/O.
 //!
 //! The types derive the JSON form that `document.rs` reads and writes; its
 //! field names and null rules are those of the Go service's structs.
@@ -9,7 +10,11 @@ use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use thiserror::Error;
 
-use crate::version::Version;
+use crate::version::{InstanceId, Version};
+
+mod merge;
+
+pub use merge::Merged;
 
 /// A group of alerts under one key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -47,8 +52,9 @@ pub struct Alert {
     pub timestamp: Option<Time>,
 }
 
-/// Whether an alert fires.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Whether an alert fires. The order is that of the merge rule: of two reports
+/// that are otherwise as good, the resolved one is the greater.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AlertStatus {
     #[default]
@@ -90,8 +96,9 @@ pub struct GroupMetadata {
     pub version: Option<Version>,
 }
 
-/// State of a group as a whole.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// State of a group as a whole. The order is that of the merge rule: `Silenced`
+/// is the greatest, so that of two changes at the same moment a silence stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum GroupState {
     #[default]
@@ -162,6 +169,12 @@ impl GroupKey {
             Some(first) if first.is_control() => Err(GroupKeyError::LeadingControl),
             Some(_) => Ok(Self(key.into())),
         }
+    }
+
+    /// The key under which an instance probes whether Redis takes writes. It is
+    /// no group's: it begins with a control character.
+    pub fn probe(instance: &InstanceId) -> Self {
+        Self(format!("\u{1}probe:{}", instance.as_str()).into())
     }
 
     pub fn as_str(&self) -> &str {

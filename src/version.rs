@@ -38,7 +38,7 @@ pub struct InstanceId(String);
 /// is recognised.
 #[derive(Debug)]
 pub struct WriteIds {
-    instance: InstanceId,
+    prefix: String,
     next: AtomicU64,
 }
 
@@ -152,17 +152,27 @@ impl InstanceId {
 // === impl WriteIds ===
 
 impl WriteIds {
-    pub fn new(instance: InstanceId) -> Self {
+    /// For the calls that an instance serves.
+    pub fn of_calls(instance: &InstanceId) -> Self {
+        Self::with_prefix(format!("{}-", instance.as_str()))
+    }
+
+    /// For what an instance writes by itself.
+    pub fn of_its_own(instance: &InstanceId) -> Self {
+        Self::with_prefix(format!("{}-s", instance.as_str()))
+    }
+
+    fn with_prefix(prefix: String) -> Self {
         Self {
-            instance,
+            prefix,
             next: AtomicU64::new(1),
         }
     }
 
-    /// Letters, digits and a dash; at most 29 bytes.
+    /// Letters, digits and a dash; at most 30 bytes.
     pub fn next(&self) -> String {
         let count = self.next.fetch_add(1, Ordering::Relaxed);
-        format!("{}-{count:x}", self.instance.as_str())
+        format!("{}{count:x}", self.prefix)
     }
 }
 
@@ -275,9 +285,11 @@ mod tests {
 
     #[test]
     fn write_ids_differ() {
-        let ids = WriteIds::new(InstanceId::random());
+        let instance = InstanceId::random();
+        let ids = WriteIds::of_calls(&instance);
         let (a, b) = (ids.next(), ids.next());
         assert_ne!(a, b);
+        assert_ne!(a, WriteIds::of_its_own(&instance).next());
         assert!(a.len() <= 29 && a.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'-'));
     }
 
@@ -294,6 +306,29 @@ mod tests {
     }
 
     proptest! {
+        /// Whatever the group had before and whatever the clock says: a version
+        /// of memory rises, never equals one of Redis, and is never issued twice.
+        #[test]
+        fn memory_versions_rise_and_are_memorys_alone(
+            calls in prop::collection::vec(
+                (prop::option::of(1i64..Version::MAX_RAISABLE - 1_000_000), 0i64..1 << 52),
+                1..100,
+            ),
+        ) {
+            let versions = MemoryVersions::new();
+            let mut issued = std::collections::HashSet::new();
+            for (previous, now) in calls {
+                let previous = previous.and_then(Version::new);
+                let Some(version) = versions.next(previous, now) else {
+                    // Near 2^53, where nothing is raised any more.
+                    continue;
+                };
+                prop_assert!(previous.is_none_or(|previous| version > previous));
+                prop_assert!((8..16).contains(&(version.get() % 16)));
+                prop_assert!(issued.insert(version));
+            }
+        }
+
         /// Whatever the delays of request and reply, and however the clocks
         /// drift: the remote clock never shows less than `earliest_remote`, so
         /// a deadline made from it never lies after the local moment it is for.
