@@ -1,0 +1,317 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn key(name: &str) -> GroupKey {
+    GroupKey::new(name).unwrap()
+}
+
+fn version(version: i64) -> Version {
+    Version::new(version).unwrap()
+}
+
+fn shown(n: i64, left: Option<Duration>) -> Shown {
+    Shown::Document {
+        json: Bytes::from_static(b"{}"),
+        version: version(n),
+        left,
+    }
+}
+
+fn document(n: i64) -> (Bytes, Version) {
+    (Bytes::from_static(b"{}"), version(n))
+}
+
+fn entries(max_bytes: usize) -> (Entries, Instant) {
+    let now = Instant::now();
+    (Entries::new(max_bytes, now), now)
+}
+
+fn version_at(entries: &Entries, name: &str, now: Instant) -> Option<i64> {
+    entries.get(name, now).map(|entry| entry.version.get())
+}
+
+#[test]
+fn within_an_epoch_an_older_version_does_not_replace_a_newer_one() {
+    let (mut entries, now) = entries(1 << 20);
+    let ticket = entries.ticket(now);
+    entries.learn(&key("k"), shown(32, None), ticket, now);
+    entries.learn(&key("k"), shown(16, None), ticket, now);
+    assert_eq!(version_at(&entries, "k", now), Some(32));
+    entries.begin_epoch(Server::Same);
+    let late = ticket;
+    let ticket = entries.ticket(now);
+    entries.learn(&key("k"), shown(16, None), ticket, now);
+    assert_eq!(
+        version_at(&entries, "k", now),
+        Some(16),
+        "in a new epoch the first answer counts"
+    );
+    // An answer of the epoch before.
+    entries.learn(&key("k"), shown(8, None), late, now);
+    entries.learn(&key("k"), Shown::Absent, late, now + SECOND);
+    assert_eq!(version_at(&entries, "k", now), Some(16));
+    entries.learn(&key("k"), shown(48, None), late, now);
+    assert_eq!(version_at(&entries, "k", now), Some(48));
+}
+
+#[test]
+fn an_answer_of_a_server_that_has_lost_its_data_is_unsure() {
+    let (mut entries, now) = entries(1 << 20);
+    let late = entries.ticket(now);
+    entries.begin_epoch(Server::LostData);
+    entries.learn(&key("k"), shown(16, None), late, now);
+    assert!(entries.is_pending(&key("k"), now));
+}
+
+#[test]
+fn a_late_answer_does_not_bring_back_what_was_deleted() {
+    let (mut entries, now) = entries(1 << 20);
+    let ticket = entries.ticket(now);
+    entries.learn(&key("k"), shown(16, None), ticket, now);
+    entries.learn(&key("k"), Shown::Deleted(version(16)), ticket, now);
+    entries.learn(&key("k"), shown(16, None), ticket, now);
+    assert_eq!(version_at(&entries, "k", now), None);
+    entries.learn(&key("k"), shown(32, None), ticket, now);
+    assert_eq!(
+        version_at(&entries, "k", now),
+        Some(32),
+        "it was created anew"
+    );
+}
+
+#[test]
+fn an_absence_counts_only_for_what_was_learned_before_the_call() {
+    let (mut entries, now) = entries(1 << 20);
+    let early = entries.ticket(now);
+    let later = now + SECOND;
+    entries.learn(&key("k"), shown(16, None), early, later);
+    entries.learn(&key("k"), Shown::Absent, early, later);
+    assert_eq!(version_at(&entries, "k", later), Some(16));
+    let ticket = entries.ticket(later + SECOND);
+    assert!(entries.contradicts_absence(&key("k"), ticket, later + SECOND));
+    entries.learn(&key("k"), Shown::Absent, ticket, later + SECOND);
+    assert_eq!(version_at(&entries, "k", later), None);
+}
+
+#[test]
+fn what_was_changed_here_is_not_replaced_by_what_redis_shows() {
+    let (mut entries, now) = entries(1 << 20);
+    let ticket = entries.ticket(now);
+    let expires = now + SECOND;
+    entries
+        .change(&key("k"), document(8), expires, None, now)
+        .unwrap();
+    entries.learn(&key("k"), shown(16, None), ticket, now);
+    assert_eq!(version_at(&entries, "k", now), Some(8));
+}
+
+#[test]
+fn a_change_remembers_what_it_changed_and_what_may_be_in_redis() {
+    let (mut entries, now) = entries(1 << 20);
+    let ticket = entries.ticket(now);
+    entries.learn(&key("k"), shown(16, Some(SECOND * 9)), ticket, now);
+    let expires = now + SECOND;
+    for (n, id) in [(24, Some("a")), (25, None), (26, Some("b"))] {
+        entries
+            .change(&key("k"), document(n), expires, id, now)
+            .unwrap();
+    }
+    let Some(Pending::Changed { changed, left, .. }) = entries.pending(&key("k"), now) else {
+        panic!("not pending");
+    };
+    assert_eq!(changed.base, Some((version(16), now + SECOND * 9)));
+    assert_eq!(changed.maybe_in_redis, ["a", "b"]);
+    assert_eq!((left, changed.change), (SECOND, 3));
+}
+
+#[test]
+fn a_change_that_was_changed_again_is_not_carried() {
+    let (mut entries, now) = entries(1 << 20);
+    for n in [8, 9] {
+        let expires = now + SECOND;
+        entries
+            .change(&key("k"), document(n), expires, None, now)
+            .unwrap();
+    }
+    entries.carried(&key("k"), 1, shown(16, None), now);
+    assert_eq!(
+        (entries.dirty(), version_at(&entries, "k", now)),
+        (1, Some(9))
+    );
+    entries.carried(&key("k"), 2, shown(32, None), now);
+    assert_eq!(
+        (entries.dirty(), version_at(&entries, "k", now)),
+        (0, Some(32))
+    );
+}
+
+#[test]
+fn a_change_that_was_changed_again_is_not_written_to_redis() {
+    let (mut entries, now) = entries(1 << 20);
+    let expires = now + SECOND;
+    entries
+        .change(&key("k"), document(8), expires, None, now)
+        .unwrap();
+    assert!(entries.carrying(&key("k"), 1, "s-1"));
+    entries.delete(&key("k"), now);
+    assert!(!entries.carrying(&key("k"), 1, "s-2"));
+    let Some(Pending::Changed { changed, .. }) = entries.pending(&key("k"), now) else {
+        panic!("what may be in Redis has to be deleted there");
+    };
+    assert_eq!(changed.maybe_in_redis, ["s-1"]);
+}
+
+#[test]
+fn a_tombstone_lasts_as_long_as_redis_may_hold_the_group() {
+    let (mut entries, now) = entries(1 << 20);
+    let ticket = entries.ticket(now);
+    entries.learn(&key("k"), shown(16, Some(SECOND * 9)), ticket, now);
+    entries.delete(&key("k"), now);
+    assert!(matches!(
+        entries.pending(&key("k"), now),
+        Some(Pending::Changed { document: None, left, .. }) if left == SECOND * 9
+    ));
+    entries.sweep(now + SECOND * 9);
+    assert_eq!((entries.len(), entries.bytes()), (0, 0));
+    // Redis has never seen this one.
+    let expires = now + SECOND;
+    entries
+        .change(&key("k"), document(8), expires, None, now)
+        .unwrap();
+    entries.delete(&key("k"), now);
+    assert_eq!((entries.len(), entries.bytes()), (0, 0));
+}
+
+#[test]
+fn a_delete_after_a_discard_knows_that_redis_holds_the_group() {
+    let (mut entries, now) = entries(1 << 20);
+    let ticket = entries.ticket(now);
+    entries.learn(&key("k"), shown(16, Some(SECOND * 9)), ticket, now);
+    let expires = now + SECOND;
+    let changed = entries.change(&key("k"), document(8), expires, None, now);
+    changed.unwrap();
+    assert_eq!(entries.discard(now), 1);
+    assert_eq!(
+        version_at(&entries, "k", now),
+        None,
+        "its content is unknown"
+    );
+    let changed = entries.change(&key("k"), document(9), expires, None, now);
+    changed.unwrap();
+    entries.delete(&key("k"), now);
+    assert_eq!(entries.discard(now), 1, "the delete of what Redis holds");
+    // And what Redis shows takes its place.
+    let ticket = entries.ticket(now);
+    entries.learn(&key("k"), shown(16, Some(SECOND * 9)), ticket, now);
+    assert_eq!(version_at(&entries, "k", now), Some(16));
+}
+
+#[test]
+fn only_what_redis_may_have_lost_is_unsure() {
+    let (mut entries, now) = entries(1 << 20);
+    let ticket = entries.ticket(now);
+    entries.learn(&key("old"), shown(16, None), ticket, now);
+    entries.begin_epoch(Server::LostData);
+    let ticket = entries.ticket(now);
+    entries.learn(&key("new"), shown(16, None), ticket, now);
+    let (keys, next) = entries.pending_keys(None, 10, now);
+    assert_eq!((keys, next), (vec![key("old")], None));
+    entries.offered(&key("old"), version(16), true, now);
+    assert!(!entries.is_pending(&key("old"), now));
+    assert_eq!(version_at(&entries, "old", now), Some(16));
+}
+
+#[derive(Clone, Debug)]
+enum Event {
+    Learn(u8, i64, u64),
+    Absent(u8),
+    Deleted(u8, i64),
+    Change(u8, i64, u64),
+    Delete(u8),
+    Epoch,
+    Discard,
+    Carried(u8),
+    Sweep,
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let key = 0u8..6;
+    let version = 1i64..50;
+    let left = 1u64..8;
+    prop_oneof![
+        3 => (key.clone(), version.clone(), left.clone()).prop_map(|(k, v, l)| Event::Learn(k, v, l)),
+        1 => key.clone().prop_map(Event::Absent),
+        1 => (key.clone(), version.clone()).prop_map(|(k, v)| Event::Deleted(k, v)),
+        3 => (key.clone(), version, left).prop_map(|(k, v, l)| Event::Change(k, v, l)),
+        1 => key.clone().prop_map(Event::Delete),
+        1 => Just(Event::Epoch),
+        1 => Just(Event::Discard),
+        2 => key.prop_map(Event::Carried),
+        1 => Just(Event::Sweep),
+    ]
+}
+
+proptest! {
+    /// Whatever happens: the bytes are those of the entries and within the
+    /// bound, every entry is in one of the orders, and what was changed here
+    /// and not discarded, carried or expired is still there.
+    #[test]
+    fn nothing_that_was_changed_is_dropped_in_silence(
+        events in prop::collection::vec((event(), 0u64..3), 1..200),
+    ) {
+        let start = Instant::now();
+        let mut entries = Entries::new(4 * (Entry::OVERHEAD_BYTES + 4), start);
+        let mut now = start;
+        let mut ours = std::collections::HashMap::new();
+        for (event, pause) in events {
+            now += SECOND * pause as u32;
+            ours.retain(|_, (_, expires)| *expires > now);
+            let ticket = entries.ticket(now);
+            match event {
+                Event::Learn(k, v, l) => {
+                    entries.learn(&key(&k.to_string()), shown(v, Some(SECOND * l as u32)), ticket, now);
+                }
+                Event::Absent(k) => {
+                    entries.learn(&key(&k.to_string()), Shown::Absent, ticket, now);
+                }
+                Event::Deleted(k, v) => {
+                    entries.learn(&key(&k.to_string()), Shown::Deleted(version(v)), ticket, now);
+                }
+                Event::Change(k, v, l) => {
+                    let expires = now + SECOND * l as u32;
+                    let changed = entries.change(&key(&k.to_string()), document(v), expires, None, now);
+                    if changed.is_ok() {
+                        ours.insert(k, (v, expires));
+                    }
+                }
+                Event::Delete(k) => {
+                    entries.delete(&key(&k.to_string()), now);
+                    ours.remove(&k);
+                }
+                Event::Epoch => entries.begin_epoch(Server::Restarted),
+                Event::Discard => {
+                    entries.discard(now);
+                    ours.clear();
+                }
+                Event::Carried(k) => {
+                    let key = key(&k.to_string());
+                    if let Some(Pending::Changed { changed, .. }) = entries.pending(&key, now) {
+                        entries.carried(&key, changed.change, Shown::Absent, now);
+                        ours.remove(&k);
+                    }
+                }
+                Event::Sweep => entries.sweep(now),
+            }
+            for (k, (v, _)) in &ours {
+                prop_assert_eq!(version_at(&entries, &k.to_string(), now), Some(*v));
+            }
+            prop_assert!(entries.bytes <= entries.max_bytes);
+            let sum: usize = entries.by_key.iter().map(|(key, entry)| entry.cost(key)).sum();
+            prop_assert_eq!(sum, entries.bytes);
+            prop_assert_eq!(entries.clean.len() + entries.dirty.len(), entries.by_key.len());
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! One entry of the memory store, and what it knows of Redis.
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use crate::{document::Document, group::GroupKey, version::Version};
+
+/// One group, or the trace of one.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    pub content: Content,
+    /// The version of the content, or the last one before it was deleted.
+    pub version: Version,
+    /// On the monotonic clock, so that a wall clock that is set does not
+    /// expire groups.
+    pub expires: Instant,
+    pub standing: Standing,
+}
+
+/// What is known of the group.
+#[derive(Clone, Debug)]
+pub enum Content {
+    Document(Bytes),
+    /// There is no group any more.
+    Deleted,
+    /// Redis holds a group that is not known here: a change of it was dropped.
+    Unknown,
+}
+
+/// What Redis knows of it.
+#[derive(Clone, Debug)]
+pub enum Standing {
+    Clean {
+        epoch: u64,
+        /// When it was learned.
+        seen: Instant,
+    },
+    Dirty(Box<Changed>),
+}
+
+/// What is known of a group in Redis that was changed here.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changed {
+    /// The version in Redis that was changed, and when Redis lets it expire.
+    pub base: Option<(Version, Instant)>,
+    /// Write ids of writes that may have been executed by Redis although they
+    /// were answered here.
+    pub maybe_in_redis: Vec<String>,
+    /// Tells two changes of an entry apart.
+    pub change: u64,
+}
+
+// === impl Changed ===
+
+impl Changed {
+    /// Write ids that are remembered. One that is forgotten is taken for another
+    /// writer's, and merged with: the safe side.
+    const MOST_REMEMBERED: usize = 32;
+
+    pub fn remember(&mut self, write_id: &str) {
+        if self.maybe_in_redis.len() == Self::MOST_REMEMBERED {
+            self.maybe_in_redis.remove(0);
+        }
+        self.maybe_in_redis.push(write_id.to_owned());
+    }
+}
+
+// === impl Entry ===
+
+impl Entry {
+    /// What an entry takes besides its key and its document: nodes of the two
+    /// trees, reference counts, allocator headers.
+    pub const OVERHEAD_BYTES: usize = 300;
+
+    pub fn cost(&self, key: &GroupKey) -> usize {
+        key.as_str().len() + self.document_bytes() + Self::OVERHEAD_BYTES
+    }
+
+    pub fn is_group(&self, now: Instant) -> bool {
+        matches!(self.content, Content::Document(_)) && self.expires > now
+    }
+
+    /// Whether Redis, by what it has shown of a clean entry, holds a group.
+    pub fn is_in_redis(&self, now: Instant) -> bool {
+        !matches!(self.content, Content::Deleted) && self.expires > now
+    }
+
+    /// The document of a group.
+    pub fn document(&self, key: &GroupKey) -> Document {
+        Document {
+            key: key.clone(),
+            json: match &self.content {
+                Content::Document(json) => json.clone(),
+                Content::Deleted | Content::Unknown => Bytes::new(),
+            },
+        }
+    }
+
+    /// Size of the document.
+    pub fn document_bytes(&self) -> usize {
+        match &self.content {
+            Content::Document(json) => json.len(),
+            Content::Deleted | Content::Unknown => 0,
+        }
+    }
+}

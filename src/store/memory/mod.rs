@@ -1,0 +1,641 @@
+//! The memory store: a bounded, expiring map of documents.
+//!
+//! It is the whole store when no Redis is configured. Beside Redis it is the
+//! *warm mirror*: it holds what this instance has stored and loaded, so that it
+//! can answer when Redis cannot. Groups lie here as the JSON documents that
+//! Redis would hold, since parsed groups take several times the space.
+
+mod entries;
+mod entry;
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::{StreamExt, stream};
+use tokio::time::Instant;
+
+use self::entries::Entries;
+pub use self::{
+    entries::{Pending, Server, Shown, Ticket},
+    entry::Changed,
+};
+use super::{
+    Backend, Deadline, Deletion, Expires, Expiry, Failure, KeyPage, Reply, StoreError, Written,
+    documents::{
+        Condition, DocumentBatch, DocumentStore, ReadAll, StoredDocument, Write, WriteOutcome,
+    },
+    page_token::PageToken,
+};
+use crate::{
+    group::{GroupKey, Time},
+    version::{InstanceId, MemoryVersions, Version},
+};
+
+const BACKEND: Backend = Backend::Memory;
+
+/// Keeps documents in this process. Cheap to clone: clones share the groups.
+#[derive(Clone, Debug)]
+pub struct MemoryStore {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// A plain mutex: it is held for microseconds and never across an await.
+    held: Mutex<Held>,
+    /// Whether any entry may be pending: spares the lock where there is none.
+    may_be_pending: AtomicBool,
+    versions: MemoryVersions,
+    /// Page tokens name it: a restart ends all listings.
+    instance: InstanceId,
+}
+
+#[derive(Debug)]
+struct Held {
+    entries: Entries,
+    /// Whether changes are taken: always without Redis, else while it is down.
+    takes_changes: bool,
+}
+
+/// What the store holds, in numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Groups, tombstones, and what has expired and was not yet swept.
+    pub entries: usize,
+    /// Documents and overhead.
+    pub bytes: usize,
+    /// Of the entries those that Redis does not know of.
+    pub dirty: usize,
+}
+
+/// Why a change was not made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// Redis answers again: the change is its.
+    SwitchedBack,
+    Error(StoreError),
+}
+
+// === impl MemoryStore ===
+
+impl MemoryStore {
+    /// How often expired groups give their memory back.
+    pub const SWEEP_INTERVAL: Duration = Duration::from_millis(500);
+
+    /// Bytes of documents that one batch of `read_all` holds, about.
+    const BATCH_BYTES: usize = 1 << 20;
+    /// Bytes of keys that one page of `list_keys` holds, about.
+    const PAGE_BYTES: usize = 1 << 20;
+
+    /// An empty store of at most `max_bytes`, documents and overhead together.
+    pub fn new(max_bytes: usize, instance: InstanceId) -> Self {
+        Self::open(max_bytes, instance, true)
+    }
+
+    /// An empty store that takes no changes until it has to stand in for Redis.
+    pub fn mirror(max_bytes: usize, instance: InstanceId) -> Self {
+        Self::open(max_bytes, instance, false)
+    }
+
+    fn open(max_bytes: usize, instance: InstanceId, takes_changes: bool) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                held: Mutex::new(Held {
+                    entries: Entries::new(max_bytes, Instant::now()),
+                    takes_changes,
+                }),
+                may_be_pending: AtomicBool::new(false),
+                versions: MemoryVersions::new(),
+                instance,
+            }),
+        }
+    }
+
+    /// Removes expired groups for as long as anyone else holds the store.
+    pub async fn sweep_forever(self) {
+        let shared = Arc::downgrade(&self.shared);
+        drop(self);
+        let mut interval = tokio::time::interval(Self::SWEEP_INTERVAL);
+        loop {
+            interval.tick().await;
+            match shared.upgrade() {
+                Some(shared) => shared.lock().entries.sweep(Instant::now()),
+                None => return,
+            }
+        }
+    }
+
+    pub fn usage(&self) -> Usage {
+        let held = self.shared.lock();
+        Usage {
+            entries: held.entries.len(),
+            bytes: held.entries.bytes(),
+            dirty: held.entries.dirty(),
+        }
+    }
+
+    /// Writes a document if the condition holds. `maybe_in_redis`: Redis may
+    /// have executed the same write.
+    pub fn change(&self, write: &Write, maybe_in_redis: bool) -> Result<WriteOutcome, Refused> {
+        self.shared.change(write, maybe_in_redis)
+    }
+
+    /// Removes a document: any version, or only `expected`.
+    pub fn delete(&self, key: &GroupKey, expected: Option<Version>) -> Result<Deletion, Refused> {
+        let now = Instant::now();
+        let mut held = self.shared.lock();
+        if !held.takes_changes {
+            return Err(Refused::SwitchedBack);
+        }
+        let found = held.entries.get(key.as_str(), now);
+        let version = found.map(|entry| entry.version);
+        let deleted = match (version, expected) {
+            (Some(found), Some(expected)) => found == expected,
+            (found, _) => found.is_some(),
+        };
+        if deleted {
+            held.entries.delete(key, now);
+        }
+        Ok(Deletion { deleted, version })
+    }
+}
+
+/// The warm mirror: what Redis shows, and what it has to be told.
+impl MemoryStore {
+    /// Takes changes from now on, in place of Redis.
+    pub fn stand_in(&self) {
+        self.shared.lock().takes_changes = true;
+        self.shared.may_be_pending.store(true, Ordering::SeqCst);
+    }
+
+    /// Takes no more changes and drops those that were made: the number of
+    /// groups that were written or deleted.
+    pub fn step_back_and_discard(&self) -> usize {
+        let mut held = self.shared.lock();
+        held.takes_changes = false;
+        held.entries.begin_epoch(Server::Same);
+        self.shared.may_be_pending.store(false, Ordering::SeqCst);
+        held.entries.discard(Instant::now())
+    }
+
+    /// Takes no more changes; Redis has to be told of those that were made, and
+    /// another Redis process also of what that one has shown.
+    pub fn step_back(&self, server: Server) {
+        let mut held = self.shared.lock();
+        held.takes_changes = false;
+        held.entries.begin_epoch(server);
+        self.shared.may_be_pending.store(true, Ordering::SeqCst);
+    }
+
+    /// What a write has come to in Redis, if Redis has shown that to another call.
+    pub fn shown_as_written(&self, write: &Write) -> Option<Written> {
+        let now = Instant::now();
+        let held = self.shared.lock();
+        let key = write.head.key();
+        let entry = held.entries.get(key.as_str(), now)?;
+        let expires = held.entries.expiry_of(entry);
+        entry
+            .document(key)
+            .was_written_by(&write.write_id)
+            .then(|| Written {
+                version: entry.version,
+                expires: expires.and_then(|expires| in_wall_clock_time(expires, now)),
+            })
+    }
+
+    /// Begins to learn from this Redis process. Whoever's turn it is, stays.
+    pub fn meet(&self, server: Server) {
+        let mut held = self.shared.lock();
+        held.entries.begin_epoch(server);
+        self.shared.may_be_pending.store(true, Ordering::SeqCst);
+    }
+
+    /// To be drawn before a call is sent to Redis.
+    pub fn ticket(&self) -> Ticket {
+        self.shared.lock().entries.ticket(Instant::now())
+    }
+
+    /// Whether the epoch in which `ticket` was drawn goes on.
+    pub fn is_current(&self, ticket: Ticket) -> bool {
+        self.shared.lock().entries.is_current(ticket)
+    }
+
+    /// Takes in what Redis has answered to the call with this ticket. True if
+    /// that is a group that was not known before.
+    pub fn learn(&self, key: &GroupKey, shown: Shown, ticket: Ticket) -> bool {
+        let mut held = self.shared.lock();
+        held.entries.learn(key, shown, ticket, Instant::now())
+    }
+
+    /// Whether a document of this size fits without another one leaving.
+    pub fn has_room_for(&self, key: &GroupKey, bytes: usize) -> bool {
+        self.shared.lock().entries.has_room_for(key, bytes)
+    }
+
+    /// The version that Redis has last shown of a key.
+    pub fn known_version(&self, key: &GroupKey) -> Option<Version> {
+        let held = self.shared.lock();
+        held.entries.known_version(key, Instant::now())
+    }
+
+    /// Whether Redis held a group at this key when `ticket` was drawn, as far
+    /// as is known here.
+    pub fn contradicts_absence(&self, key: &GroupKey, ticket: Ticket) -> bool {
+        let held = self.shared.lock();
+        held.entries
+            .contradicts_absence(key, ticket, Instant::now())
+    }
+
+    /// Whether Redis has to be told of a key before it is asked.
+    pub fn is_pending(&self, key: &GroupKey) -> bool {
+        self.may_be_pending() && self.shared.lock().entries.is_pending(key, Instant::now())
+    }
+
+    /// False when there is nothing that Redis has to be told.
+    pub fn may_be_pending(&self) -> bool {
+        self.shared.may_be_pending.load(Ordering::SeqCst)
+    }
+
+    /// What Redis has to be told of a key.
+    pub fn pending(&self, key: &GroupKey) -> Option<Pending> {
+        self.shared.lock().entries.pending(key, Instant::now())
+    }
+
+    /// Some keys that Redis has to be told of, beyond `after`, and where to go
+    /// on unless these are the last. After a walk from the beginning has found
+    /// none, and while Redis answers, there are none.
+    pub fn pending_keys(
+        &self,
+        after: Option<&GroupKey>,
+        most: usize,
+    ) -> (Vec<GroupKey>, Option<GroupKey>) {
+        let held = self.shared.lock();
+        held.entries.pending_keys(after, most, Instant::now())
+    }
+
+    /// A walk over all keys has found none that is pending. `ticket` was drawn
+    /// before it began.
+    pub fn nothing_pending(&self, ticket: Ticket) {
+        let mut held = self.shared.lock();
+        if !held.takes_changes && held.entries.is_current(ticket) {
+            held.entries.nothing_unsure();
+            self.shared.may_be_pending.store(false, Ordering::SeqCst);
+        }
+    }
+
+    /// A change is about to be written to Redis under this write id. False if it
+    /// was changed again: then it must not be.
+    pub fn carrying(&self, key: &GroupKey, change: u64, write_id: &str) -> bool {
+        let mut held = self.shared.lock();
+        held.entries.carrying(key, change, write_id)
+    }
+
+    /// Redis was told of a change and shows this now.
+    pub fn carried(&self, key: &GroupKey, change: u64, shown: Shown) {
+        let mut held = self.shared.lock();
+        held.entries.carried(key, change, shown, Instant::now());
+    }
+
+    /// Redis was offered a version of a key that it may have lost. `is_there`: it
+    /// holds that version now, or a newer one.
+    pub fn offered(&self, key: &GroupKey, version: Version, is_there: bool) {
+        let mut held = self.shared.lock();
+        held.entries.offered(key, version, is_there, Instant::now());
+    }
+}
+
+#[async_trait]
+impl DocumentStore for MemoryStore {
+    fn backend(&self) -> Backend {
+        BACKEND
+    }
+
+    async fn write(&self, write: &Write, _: Deadline) -> Reply<WriteOutcome> {
+        reply(self.change(write, false))
+    }
+
+    async fn read(
+        &self,
+        key: &GroupKey,
+        with_expiry: bool,
+        _: Deadline,
+    ) -> Reply<Option<StoredDocument>> {
+        let now = Instant::now();
+        let held = self.shared.lock();
+        let found = held.entries.get(key.as_str(), now);
+        Ok(BACKEND.answers(found.map(|entry| {
+            StoredDocument {
+                document: entry.document(key),
+                expires: held
+                    .entries
+                    .expiry_of(entry)
+                    .filter(|_| with_expiry)
+                    .and_then(|expires| in_wall_clock_time(expires, now)),
+            }
+        })))
+    }
+
+    async fn remove(
+        &self,
+        key: &GroupKey,
+        expected: Option<Version>,
+        _: Deadline,
+    ) -> Reply<Deletion> {
+        reply(self.delete(key, expected))
+    }
+
+    async fn write_all(&self, writes: &[Write], _: Deadline) -> Vec<Reply<WriteOutcome>> {
+        let change = |write| reply(self.change(write, false));
+        writes.iter().map(change).collect()
+    }
+
+    async fn list_keys(
+        &self,
+        prefix: &str,
+        page_size: usize,
+        token: Option<&str>,
+        _: Deadline,
+    ) -> Reply<KeyPage> {
+        let after = match token {
+            None => None,
+            Some(token) => Some(
+                PageToken::decode(token, prefix)
+                    .and_then(|token| {
+                        token.check_server(BACKEND, self.shared.instance.as_str())?;
+                        GroupKey::new(token.cursor).map_err(|_| {
+                            StoreError::InvalidPageToken("this page token has no valid cursor")
+                        })
+                    })
+                    .map_err(|error| BACKEND.fails(error))?,
+            ),
+        };
+        Ok(BACKEND.answers(self.shared.page(prefix, page_size, after.as_ref())))
+    }
+
+    async fn size(&self, prefix: &str, _: Deadline) -> Reply<u64> {
+        let held = self.shared.lock();
+        let count = held.entries.range(prefix, None, Instant::now()).count();
+        Ok(BACKEND.answers(count as u64))
+    }
+
+    async fn read_all(&self, prefix: &str, _: Deadline) -> Reply<ReadAll> {
+        let state = Some((self.shared.clone(), prefix.to_owned(), None));
+        let batches = stream::try_unfold(state, |state| async move {
+            let Some((shared, prefix, after)) = state else {
+                return Ok::<_, Failure>(None);
+            };
+            let (documents, last) = shared.batch(&prefix, after.as_ref());
+            let batch = DocumentBatch {
+                documents,
+                problems: Vec::new(),
+            };
+            let next = last.map(|last| (shared, prefix, Some(last)));
+            Ok(Some((batch, next)))
+        });
+        Ok(BACKEND.answers(ReadAll {
+            complete: true,
+            batches: batches.boxed(),
+        }))
+    }
+}
+
+// === impl Shown ===
+
+impl Shown {
+    /// What a read shows, with the expiry that it has looked up.
+    pub fn by_read(found: Option<&StoredDocument>) -> Self {
+        // What cannot be read is of no use in the mirror.
+        let known = found.and_then(|found| Some((found, found.document.version()?)));
+        known.map_or(Self::Absent, |(found, version)| Self::Document {
+            // What was read is a small part of a large buffer, which would be
+            // kept with it.
+            json: Bytes::copy_from_slice(&found.document.json),
+            version,
+            left: found.expires.map(|expires| expires.left),
+        })
+    }
+
+    /// What a write shows that was done.
+    pub fn by_write(write: &Write, written: &Written) -> Self {
+        Self::Document {
+            json: write.head.finish(&write.write_id, written.version).json,
+            version: written.version,
+            left: written.expires.map(|expires| expires.left),
+        }
+    }
+}
+
+// === impl Shared ===
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        // Every change below is complete before anything that could panic.
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, write: &Write, maybe_in_redis: bool) -> Result<WriteOutcome, Refused> {
+        let key = write.head.key();
+        let now = Instant::now();
+        let mut held = self.lock();
+        if !held.takes_changes {
+            return Err(Refused::SwitchedBack);
+        }
+        let found = held.entries.get(key.as_str(), now);
+        let holds = match write.condition {
+            Condition::Any => true,
+            Condition::Absent => found.is_none(),
+            Condition::Version(version) => found.is_some_and(|entry| entry.version == version),
+        };
+        if !holds {
+            return Ok(WriteOutcome::Conflict {
+                current: found.map(|entry| StoredDocument {
+                    document: entry.document(key),
+                    expires: None,
+                }),
+            });
+        }
+
+        let previous = found.map(|entry| entry.version);
+        let kept = found.and_then(|entry| held.entries.expiry_of(entry));
+        let expires = match (write.expiry, kept) {
+            (Expiry::Keep { .. }, Some(expires)) => expires,
+            (Expiry::Keep { otherwise: ttl }, None) | (Expiry::After(ttl), _) => now + ttl,
+        };
+        let version = self
+            .versions
+            .next(previous.max(write.newer_than), micros_since_1970())
+            .ok_or_else(|| {
+                let previous = previous.map_or_else(String::new, |version| version.to_string());
+                Refused::Error(StoreError::VersionOutOfRange(previous))
+            })?;
+        let document = write.head.finish(&write.write_id, version);
+        let maybe_in_redis = maybe_in_redis.then_some(write.write_id.as_str());
+        held.entries
+            .change(key, (document.json, version), expires, maybe_in_redis, now)
+            .map_err(|full| {
+                Refused::Error(StoreError::MemoryFull {
+                    limit: full.max_bytes,
+                })
+            })?;
+        Ok(WriteOutcome::Written(Written {
+            version,
+            expires: in_wall_clock_time(expires, now),
+        }))
+    }
+
+    fn page(&self, prefix: &str, page_size: usize, after: Option<&GroupKey>) -> KeyPage {
+        let held = self.lock();
+        let mut rest = held.entries.range(prefix, after, Instant::now()).peekable();
+        let mut keys: Vec<GroupKey> = Vec::new();
+        let mut bytes = 0;
+        while keys.len() < page_size
+            && bytes < MemoryStore::PAGE_BYTES
+            && let Some((key, _)) = rest.next()
+        {
+            bytes += key.as_str().len();
+            keys.push(key.clone());
+        }
+        let next = match (rest.peek(), keys.last()) {
+            (Some(_), Some(last)) => Some(
+                PageToken {
+                    backend: BACKEND,
+                    server: self.instance.as_str().to_owned(),
+                    cursor: last.to_string(),
+                    prefix: prefix.to_owned(),
+                }
+                .encode(),
+            ),
+            _ => None,
+        };
+        KeyPage { keys, next }
+    }
+
+    /// Some documents after `after`, and the last key of them unless they are
+    /// the last.
+    fn batch(
+        &self,
+        prefix: &str,
+        after: Option<&GroupKey>,
+    ) -> (Vec<StoredDocument>, Option<GroupKey>) {
+        let held = self.lock();
+        let mut documents = Vec::new();
+        let mut bytes = 0;
+        for (key, entry) in held.entries.range(prefix, after, Instant::now()) {
+            bytes += entry.document_bytes();
+            documents.push(StoredDocument {
+                document: entry.document(key),
+                expires: None,
+            });
+            if bytes >= MemoryStore::BATCH_BYTES {
+                return (documents, Some(key.clone()));
+            }
+        }
+        (documents, None)
+    }
+}
+
+fn reply<T>(result: Result<T, Refused>) -> Reply<T> {
+    match result {
+        Ok(value) => Ok(BACKEND.answers(value)),
+        Err(Refused::Error(error)) => Err(BACKEND.fails(error)),
+        Err(Refused::SwitchedBack) => Err(BACKEND.fails(StoreError::Unavailable(
+            "memory takes no changes while Redis answers".into(),
+        ))),
+    }
+}
+
+/// `moment` by the wall clock; None if that is beyond the year 9999.
+fn in_wall_clock_time(moment: Instant, now: Instant) -> Option<Expires> {
+    let left = moment.saturating_duration_since(now);
+    let millis = i64::try_from(left.as_millis()).ok()?;
+    let at = Time::from_millis(Time::now().millis().checked_add(millis)?).ok()?;
+    Some(Expires { at, left })
+}
+
+fn micros_since_1970() -> i64 {
+    let now = Time::now();
+    now.seconds() * 1_000_000 + i64::from(now.nanos() / 1_000)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::{
+        document::DocumentHead,
+        group::{AlertGroup, GroupMetadata},
+    };
+
+    fn store(max_bytes: usize) -> MemoryStore {
+        MemoryStore::new(max_bytes, InstanceId::random())
+    }
+
+    fn head(key: &str) -> DocumentHead {
+        DocumentHead::new(&AlertGroup {
+            key: GroupKey::new(key).unwrap(),
+            alerts: BTreeMap::new(),
+            metadata: GroupMetadata::default(),
+        })
+    }
+
+    async fn write(store: &MemoryStore, key: &str, ttl: Duration) -> Reply<WriteOutcome> {
+        let write = Write {
+            head: head(key),
+            condition: Condition::Any,
+            expiry: Expiry::After(ttl),
+            write_id: "i-1".into(),
+            newer_than: None,
+        };
+        DocumentStore::write(store, &write, Deadline::NONE).await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn expired_groups_give_their_memory_back_without_being_asked_for() {
+        let store = store(1 << 20);
+        tokio::spawn(store.clone().sweep_forever());
+        write(&store, "a", Duration::from_secs(1)).await.unwrap();
+        write(&store, "b", Duration::from_secs(5)).await.unwrap();
+        assert_eq!(store.usage().entries, 2);
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert_eq!(store.usage().entries, 1);
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        assert_eq!((store.usage().entries, store.usage().bytes), (0, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_full_store_refuses_and_drops_nothing() {
+        let store = store(1_000);
+        write(&store, "a", Duration::from_secs(1)).await.unwrap();
+        write(&store, "b", Duration::from_secs(9)).await.unwrap();
+        let full = write(&store, "c", Duration::from_secs(9)).await;
+        assert_eq!(
+            full.unwrap_err().error,
+            StoreError::MemoryFull { limit: 1_000 }
+        );
+        assert_eq!(store.usage().entries, 2);
+        write(&store, "a", Duration::from_secs(1)).await.unwrap();
+        // Room that an expired group holds is used before anything is refused.
+        tokio::time::advance(Duration::from_secs(2)).await;
+        write(&store, "c", Duration::from_secs(9)).await.unwrap();
+        assert_eq!(store.usage().entries, 2);
+    }
+
+    #[tokio::test]
+    async fn overwriting_and_deleting_leave_no_bytes_behind() {
+        let store = store(1 << 20);
+        for _ in 0..3 {
+            write(&store, "a", Duration::from_secs(9)).await.unwrap();
+        }
+        let key = GroupKey::new("a").unwrap();
+        store.remove(&key, None, Deadline::NONE).await.unwrap();
+        assert_eq!((store.usage().entries, store.usage().bytes), (0, 0));
+    }
+}
