@@ -5,13 +5,13 @@ use async_trait::async_trait;
 use futures::{StreamExt, stream::BoxStream};
 
 use super::{
-    Answer, Backend, Deadline, Deletion, Expiry, Failure, GroupBatch, GroupStore, KeyPage, LoadAll,
-    Problem, Reply, StoreError, Stored, Swap, Written,
+    Answer, Backend, Deadline, Deletion, Expires, Expiry, Failure, GroupBatch, GroupStore, KeyPage,
+    LoadAll, Problem, Reply, StoreError, Stored, Swap, Written,
 };
 use crate::{
     document::{Document, DocumentHead},
     group::{AlertGroup, GroupKey},
-    version::Version,
+    version::{InstanceId, Version, WriteIds},
 };
 
 /// Keeps documents by group key: the contract of [`GroupStore`], one level
@@ -21,14 +21,8 @@ pub trait DocumentStore: Send + Sync + 'static {
     /// Who would answer a call that came now.
     fn backend(&self) -> Backend;
 
-    /// Writes a document if `condition` holds.
-    async fn write(
-        &self,
-        head: &DocumentHead,
-        condition: Condition,
-        expiry: Expiry,
-        deadline: Deadline,
-    ) -> Reply<WriteOutcome>;
+    /// Writes a document if the condition holds.
+    async fn write(&self, write: &Write, deadline: Deadline) -> Reply<WriteOutcome>;
 
     /// Reads a document.
     async fn read(
@@ -46,13 +40,8 @@ pub trait DocumentStore: Send + Sync + 'static {
         deadline: Deadline,
     ) -> Reply<Deletion>;
 
-    /// Writes many documents without condition. One result each, in order.
-    async fn write_all(
-        &self,
-        heads: &[DocumentHead],
-        expiry: Expiry,
-        deadline: Deadline,
-    ) -> Vec<Reply<Written>>;
+    /// Makes many writes, each by itself. One result each, in order.
+    async fn write_all(&self, writes: &[Write], deadline: Deadline) -> Vec<Reply<WriteOutcome>>;
 
     /// Some keys; see [`GroupStore::list_keys`].
     async fn list_keys(
@@ -68,6 +57,21 @@ pub trait DocumentStore: Send + Sync + 'static {
 
     /// All documents; see [`GroupStore::load_all`].
     async fn read_all(&self, prefix: &str, deadline: Deadline) -> Reply<ReadAll>;
+}
+
+/// One write call: what stays the same in all of its attempts, whoever makes
+/// them.
+#[derive(Clone, Debug)]
+pub struct Write {
+    pub head: DocumentHead,
+    pub condition: Condition,
+    pub expiry: Expiry,
+    /// Stored in the document, so that a write whose answer was lost is
+    /// recognised.
+    pub write_id: String,
+    /// The new version has to be greater than this as well as than the stored
+    /// one: a group that comes from another store keeps its order.
+    pub newer_than: Option<Version>,
 }
 
 /// What must be stored for a write to happen.
@@ -87,7 +91,7 @@ pub enum WriteOutcome {
     Written(Written),
     /// The condition did not hold; here is what is stored.
     Conflict {
-        current: Option<Document>,
+        current: Option<StoredDocument>,
     },
 }
 
@@ -95,8 +99,8 @@ pub enum WriteOutcome {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredDocument {
     pub document: Document,
-    /// By the backend's clock. None: not asked for, or never expires.
-    pub expires_at: Option<crate::group::Time>,
+    /// None: not asked for, or never.
+    pub expires: Option<Expires>,
 }
 
 /// All documents, in batches.
@@ -109,7 +113,7 @@ pub struct ReadAll {
 /// Some documents of a [`ReadAll`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DocumentBatch {
-    pub documents: Vec<Document>,
+    pub documents: Vec<StoredDocument>,
     pub problems: Vec<Problem>,
 }
 
@@ -118,21 +122,28 @@ pub struct DocumentBatch {
 pub struct Documents<S> {
     store: S,
     max_document_bytes: usize,
+    write_ids: WriteIds,
 }
 
 // === impl Documents ===
 
 impl<S: DocumentStore> Documents<S> {
     /// Refuses to write documents of more than `max_document_bytes`.
-    pub fn new(store: S, max_document_bytes: usize) -> Self {
+    pub fn new(store: S, max_document_bytes: usize, instance: InstanceId) -> Self {
         Self {
             store,
             max_document_bytes,
+            write_ids: WriteIds::of_calls(&instance),
         }
     }
 
-    /// The group as a document, if it is not too large.
-    fn head(&self, group: &AlertGroup) -> Result<DocumentHead, Failure> {
+    /// The write of a group, if its document is not too large.
+    fn write_of(
+        &self,
+        group: &AlertGroup,
+        condition: Condition,
+        expiry: Expiry,
+    ) -> Result<Write, Failure> {
         let head = DocumentHead::new(group);
         let bytes = head.stored_bytes();
         if bytes > self.max_document_bytes {
@@ -141,7 +152,13 @@ impl<S: DocumentStore> Documents<S> {
                 limit: self.max_document_bytes,
             }));
         }
-        Ok(head)
+        Ok(Write {
+            head,
+            condition,
+            expiry,
+            write_id: self.write_ids.next(),
+            newer_than: None,
+        })
     }
 }
 
@@ -157,17 +174,8 @@ impl<S: DocumentStore> GroupStore for Documents<S> {
         expiry: Expiry,
         deadline: Deadline,
     ) -> Reply<Written> {
-        let head = self.head(group)?;
-        let answer = self
-            .store
-            .write(&head, Condition::Any, expiry, deadline)
-            .await?;
-        match answer.value {
-            WriteOutcome::Written(written) => Ok(answer.backend.answers(written)),
-            WriteOutcome::Conflict { .. } => Err(answer.backend.fails(StoreError::Bug(
-                "an unconditional write met a conflict".into(),
-            ))),
-        }
+        let write = self.write_of(group, Condition::Any, expiry)?;
+        unconditional(self.store.write(&write, deadline).await)
     }
 
     async fn load(
@@ -183,7 +191,7 @@ impl<S: DocumentStore> GroupStore for Documents<S> {
         };
         Ok(backend.answers(Some(Stored {
             group: parse(backend, &stored.document)?,
-            expires_at: stored.expires_at,
+            expires: stored.expires,
         })))
     }
 
@@ -203,15 +211,15 @@ impl<S: DocumentStore> GroupStore for Documents<S> {
         expiry: Expiry,
         deadline: Deadline,
     ) -> Reply<Swap> {
-        let head = self.head(group)?;
         let condition = expected.map_or(Condition::Absent, Condition::Version);
-        let answer = self.store.write(&head, condition, expiry, deadline).await?;
+        let write = self.write_of(group, condition, expiry)?;
+        let answer = self.store.write(&write, deadline).await?;
         let backend = answer.backend;
         let swap = match answer.value {
             WriteOutcome::Written(written) => Swap::Swapped(written),
             WriteOutcome::Conflict { current } => Swap::Lost {
                 current: match current {
-                    Some(document) => Some(Box::new(parse(backend, &document)?)),
+                    Some(stored) => Some(Box::new(parse(backend, &stored.document)?)),
                     None => None,
                 },
             },
@@ -226,21 +234,18 @@ impl<S: DocumentStore> GroupStore for Documents<S> {
         deadline: Deadline,
     ) -> Vec<Reply<Written>> {
         let mut replies: Vec<Option<Reply<Written>>> = Vec::with_capacity(groups.len());
-        let mut heads = Vec::with_capacity(groups.len());
+        let mut writes = Vec::with_capacity(groups.len());
         for group in groups {
-            match self.head(group) {
-                Ok(head) => {
-                    heads.push(head);
+            match self.write_of(group, Condition::Any, expiry) {
+                Ok(write) => {
+                    writes.push(write);
                     replies.push(None);
                 }
                 Err(failure) => replies.push(Some(Err(failure))),
             }
         }
-        let mut written = self
-            .store
-            .write_all(&heads, expiry, deadline)
-            .await
-            .into_iter();
+        let written = self.store.write_all(&writes, deadline).await;
+        let mut written = written.into_iter().map(unconditional);
         replies
             .into_iter()
             .map(|refused| {
@@ -278,6 +283,17 @@ impl<S: DocumentStore> GroupStore for Documents<S> {
     }
 }
 
+/// The reply to a write without a condition.
+fn unconditional(reply: Reply<WriteOutcome>) -> Reply<Written> {
+    let answer = reply?;
+    match answer.value {
+        WriteOutcome::Written(written) => Ok(answer.backend.answers(written)),
+        WriteOutcome::Conflict { .. } => Err(answer.backend.fails(StoreError::Bug(
+            "an unconditional write met a conflict".into(),
+        ))),
+    }
+}
+
 fn parse(backend: Backend, document: &Document) -> Result<AlertGroup, Failure> {
     document
         .parse()
@@ -289,7 +305,7 @@ fn parse_batch(batch: DocumentBatch) -> GroupBatch {
         groups: Vec::with_capacity(batch.documents.len()),
         problems: batch.problems,
     };
-    for document in batch.documents {
+    for StoredDocument { document, .. } in batch.documents {
         match document.parse() {
             Ok(group) => parsed.groups.push(group),
             Err(unreadable) => parsed.problems.push(Problem {

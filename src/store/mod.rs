@@ -4,11 +4,27 @@
 //! Stores that keep groups as JSON documents (Redis, memory) implement the
 //! smaller [`documents::DocumentStore`] and become a `GroupStore` through
 //! [`documents::Documents`].
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`documents`] | groups over documents |
+//! | [`failover`] | Redis with memory behind it, as one store |
+//! | [`switch`], [`breaker`] | who answers; the state machine alone |
+//! | [`recovery`] | the watch over Redis |
+//! | [`bring_back`], [`reconcile`] | what goes on when it is back; what becomes of one key |
+//! | [`redis`], [`memory`] | the two stores |
+//! | [`page_token`] | where a listing goes on |
 
+pub mod breaker;
+pub mod bring_back;
 pub mod documents;
+pub mod failover;
 pub mod memory;
 pub mod page_token;
+pub mod reconcile;
+pub mod recovery;
 pub mod redis;
+pub mod switch;
 
 use std::time::Duration;
 
@@ -188,20 +204,29 @@ pub enum Expiry {
 #[derive(Clone, Copy, Debug)]
 pub struct Deadline(Option<Instant>);
 
+/// When something that is stored expires.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expires {
+    /// By the backend's clock.
+    pub at: Time,
+    /// The time that was left when the backend answered.
+    pub left: Duration,
+}
+
 /// What a write did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Written {
     pub version: Version,
-    /// By the backend's clock. None: never expires.
-    pub expires_at: Option<Time>,
+    /// None: never.
+    pub expires: Option<Expires>,
 }
 
 /// A stored group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stored {
     pub group: AlertGroup,
-    /// By the backend's clock. None: not asked for, or never expires.
-    pub expires_at: Option<Time>,
+    /// None: not asked for, or never.
+    pub expires: Option<Expires>,
 }
 
 /// What a delete did.

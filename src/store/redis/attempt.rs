@@ -1,7 +1,7 @@
 //! Attempts at a call: how many, how long, and what a failed one means for the
 //! next. Nothing else knows when to repeat a call.
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, sync::Mutex, time::Duration};
 
 use fred::{
     prelude::{Client, ClientLike, Error, Value},
@@ -9,28 +9,36 @@ use fred::{
 };
 use tokio::time::Instant;
 
-use super::{connection::Connections, fault::Fault};
+use super::{
+    NotDone,
+    connection::{Connections, lock},
+    fault::Fault,
+};
 use crate::store::{Deadline, StoreError};
 
 /// The attempts at one call.
 ///
 /// ```text
-/// let mut attempts = Attempts::new(&connections, deadline);
+/// let mut attempts = Attempts::at_read(&connections, deadline);
 /// while let Some(attempt) = attempts.next().await {
 ///     match … {
 ///         Ok(value) => return Ok(value),
 ///         Err(fault) => attempts.failed(&attempt, fault)?,
 ///     }
 /// }
-/// Err(attempts.exhausted())
+/// Err(attempts.used_up())
 /// ```
 pub struct Attempts<'a> {
     connections: &'a Connections,
-    deadline: Deadline,
+    /// Of the writes that are attempted; None of reads.
+    trail: Option<&'a Trail>,
     /// When the last attempt is given up.
     end: Instant,
+    /// Whether `end` is the caller's own and sooner than ours.
+    hurried: bool,
     made: u32,
-    lost_since: Option<Instant>,
+    /// Whether any attempt had no answer within its time.
+    timed_out: bool,
     /// Why the last attempt failed.
     reason: String,
 }
@@ -39,41 +47,76 @@ pub struct Attempts<'a> {
 pub struct Attempt {
     pub client: Client,
     pub sent: Instant,
-    /// When the attempt is given up.
+    /// A write is not executed later than this.
     pub until: Instant,
+    /// When its answer is no longer waited for. Of a write later than `until`:
+    /// an answer that comes late still says for sure what was done.
+    pub answer_by: Instant,
     /// When the first attempt was sent that may have been executed although its
     /// answer is missing.
     pub lost_since: Option<Instant>,
 }
 
+/// What the attempts at a write may have left behind, known even after its
+/// future was dropped. The same one serves all attempts of a call.
+#[derive(Debug, Default)]
+pub struct Trail(Mutex<Left>);
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Left {
+    /// The attempt whose answer is waited for: when it was sent, and when it
+    /// can no longer be executed.
+    waiting: Option<(Instant, Instant)>,
+    /// The same of attempts whose answer is missing: the first time of sending,
+    /// the last time of execution.
+    lost: Option<(Instant, Instant)>,
+}
+
 // === impl Attempts ===
 
 impl<'a> Attempts<'a> {
-    /// The time a call without a deadline gets, all attempts together.
-    pub const CALL_BOUND: Duration = Duration::from_secs(1);
+    /// The time a call gets, all attempts together; there has to be time left
+    /// for memory to answer within a second.
+    pub const CALL_BOUND: Duration = Duration::from_millis(800);
 
     const MOST: u32 = 3;
     /// The pause before the second attempt is between nothing and this; it
     /// doubles with each further attempt.
     const FIRST_PAUSE: Duration = Duration::from_millis(10);
 
-    /// The attempts that a call with this deadline may make.
-    pub fn new(connections: &'a Connections, deadline: Deadline) -> Self {
+    /// The attempts at a call that changes nothing.
+    pub fn at_read(connections: &'a Connections, deadline: Deadline) -> Self {
+        Self::new(connections, deadline, None)
+    }
+
+    /// The attempts at writes, which go on from those in `trail`.
+    pub fn at_write(connections: &'a Connections, deadline: Deadline, trail: &'a Trail) -> Self {
+        Self::new(connections, deadline, Some(trail))
+    }
+
+    fn new(connections: &'a Connections, deadline: Deadline, trail: Option<&'a Trail>) -> Self {
+        // A longer timeout than the default is meant to be waited for, by
+        // callers who have the time.
+        let bound = if deadline.instant().is_some() {
+            Self::CALL_BOUND.max(connections.timeout() * Self::MOST)
+        } else {
+            Self::CALL_BOUND
+        };
+        let ours = Instant::now() + bound;
         Self {
             connections,
-            deadline,
-            end: deadline.or_within(Self::CALL_BOUND),
+            trail,
+            end: deadline.instant().map_or(ours, |at| at.min(ours)),
+            hurried: deadline.instant().is_some_and(|at| at < ours),
             made: 0,
-            lost_since: None,
+            timed_out: false,
             reason: String::new(),
         }
     }
 
-    /// Goes on after a first attempt that was made elsewhere. `lost_since`: it
-    /// was sent then and its answer is missing.
-    pub fn after_first(mut self, lost_since: Option<Instant>) -> Self {
+    /// Goes on after a first attempt that was made elsewhere.
+    pub fn after_first(mut self) -> Self {
         self.made = 1;
-        self.lost_since = lost_since;
         self
     }
 
@@ -82,64 +125,74 @@ impl<'a> Attempts<'a> {
     pub async fn next(&mut self) -> Option<Attempt> {
         while self.made < Self::MOST {
             if self.made > 0 {
-                let longest = Self::FIRST_PAUSE * 2u32.pow(self.made - 1);
+                // No pause may take the time of an answer.
+                let left = self.end.saturating_duration_since(Instant::now());
+                let longest = (Self::FIRST_PAUSE * 2u32.pow(self.made - 1)).min(left / 4);
                 tokio::time::sleep(longest.mul_f64(rand::random())).await;
             }
-            self.made += 1;
+            if let Some(trail) = self.trail {
+                // A request may outlive its connection. Two attempts of one
+                // call must not both be executed, the first after the second
+                // and after what others have written in between.
+                trail.end().await;
+            }
             let now = Instant::now();
             if now >= self.end {
                 return None;
             }
+            self.made += 1;
             if let Some(client) = self.connections.client() {
-                // Half of what is left, so that there is time for another
-                // answer.
-                let share = ((self.end - now) / 2).min(self.connections.timeout());
-                return Some(Attempt {
-                    client,
-                    sent: now,
-                    until: now + share,
-                    lost_since: self.lost_since,
-                });
+                return Some(self.attempt(client, now));
             }
-            self.reason = "not connected".into();
+            self.reason = self.connections.why_not();
         }
         None
     }
 
+    fn attempt(&self, client: Client, now: Instant) -> Attempt {
+        // Half of what is left, so that there is time for another answer.
+        let share = |from: Instant| ((self.end - from) / 2).min(self.connections.timeout());
+        let until = now + share(now);
+        Attempt {
+            client,
+            sent: now,
+            until,
+            answer_by: match self.trail {
+                Some(_) => until + share(until),
+                None => until,
+            },
+            lost_since: self.trail.and_then(Trail::lost_since),
+        }
+    }
+
     /// Takes in the fault of `attempt`. An error when repeating is of no use.
-    pub fn failed(&mut self, attempt: &Attempt, fault: Fault) -> Result<(), StoreError> {
+    pub fn failed(&mut self, attempt: &Attempt, fault: Fault) -> Result<(), NotDone> {
+        self.timed_out |= Instant::now() >= attempt.answer_by;
         match fault {
-            Fault::Final(error) => return Err(error),
-            Fault::NotRun(text) => self.reason = text,
+            Fault::Final(error) => return Err(NotDone::answered(error)),
+            Fault::NotRun(text) | Fault::Lost(text) => self.reason = text,
             Fault::NoScript => self.reason = "it does not keep the scripts it is given".into(),
-            Fault::Lost(text) => {
-                self.lost_since = self.lost_since.or(Some(attempt.sent));
-                self.reason = text;
-            }
         }
         Ok(())
     }
 
-    /// The error of a read that has used up its attempts.
-    pub fn exhausted(self) -> StoreError {
-        if self
-            .deadline
-            .instant()
-            .is_some_and(|at| at <= Instant::now())
-        {
+    /// The error of a call that has used up its attempts or its time.
+    pub fn used_up(self) -> NotDone {
+        // A caller in a hurry has seen nothing that speaks against Redis, unless
+        // every attempt was refused.
+        let in_a_hurry = self.hurried && (self.timed_out || self.made < Self::MOST);
+        let error = if self.trail.and_then(Trail::lost_since).is_some() {
+            // What may have been executed must not be reported as if it was not.
+            StoreError::OutcomeUnknown
+        } else if in_a_hurry {
             StoreError::DeadlineExceeded
         } else {
             StoreError::Unavailable(format!("Redis does not answer: {}", self.reason))
-        }
-    }
-
-    /// The error of a write that has used up its attempts: one that may have
-    /// been executed must not be reported as one that was not.
-    pub fn write_exhausted(self) -> StoreError {
-        if self.lost_since.is_some() {
-            StoreError::OutcomeUnknown
+        };
+        if in_a_hurry {
+            NotDone::short_of_time(error)
         } else {
-            self.exhausted()
+            NotDone::unwell(error, self.reason)
         }
     }
 }
@@ -147,9 +200,24 @@ impl<'a> Attempts<'a> {
 // === impl Attempt ===
 
 impl Attempt {
-    /// Runs one command, at most until the attempt is given up.
+    /// Runs one command that changes no document.
     pub async fn run(&self, command: CustomCommand, arguments: Vec<Value>) -> Result<Value, Fault> {
         self.within(self.client.custom(command, arguments)).await
+    }
+
+    /// Runs one command that may change a document.
+    pub async fn run_write(
+        &self,
+        trail: &Trail,
+        command: CustomCommand,
+        arguments: Vec<Value>,
+    ) -> Result<Value, Fault> {
+        trail.sent(self);
+        let reply = self.run(command, arguments).await;
+        if !matches!(reply, Err(Fault::Lost(_))) {
+            trail.answered();
+        }
+        reply
     }
 
     /// Runs commands in one pipeline. One result each, in order.
@@ -181,14 +249,65 @@ impl Attempt {
     }
 
     /// Awaits a call of fred, at most until the attempt is given up.
-    pub async fn within<T>(
-        &self,
-        call: impl Future<Output = Result<T, Error>>,
-    ) -> Result<T, Fault> {
-        match tokio::time::timeout_at(self.until, call).await {
+    async fn within<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Fault> {
+        match tokio::time::timeout_at(self.answer_by, call).await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => Err(Fault::of(&error)),
             Err(_) => Err(Fault::Lost("no answer in time".into())),
+        }
+    }
+}
+
+// === impl Trail ===
+
+impl Trail {
+    /// An attempt goes out. Until it is answered, it may be executed.
+    pub fn sent(&self, attempt: &Attempt) {
+        let mut left = lock(&self.0);
+        left.give_up_waiting();
+        left.waiting = Some((attempt.sent, attempt.until));
+    }
+
+    /// The last attempt was answered: it leaves nothing behind.
+    pub fn answered(&self) {
+        lock(&self.0).waiting = None;
+    }
+
+    /// When the first attempt was sent that may have been executed although its
+    /// answer is missing.
+    pub fn lost_since(&self) -> Option<Instant> {
+        let mut left = lock(&self.0);
+        left.give_up_waiting();
+        left.lost.map(|(sent, _)| sent)
+    }
+
+    /// Waits until no attempt can be executed any more. True if one may have
+    /// been executed.
+    pub async fn end(&self) -> bool {
+        let lost = {
+            let mut left = lock(&self.0);
+            left.give_up_waiting();
+            left.lost
+        };
+        match lost {
+            Some((_, until)) => {
+                tokio::time::sleep_until(until).await;
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+// === impl Left ===
+
+impl Left {
+    fn give_up_waiting(&mut self) {
+        if let Some((sent, until)) = self.waiting.take() {
+            self.lost = Some(match self.lost {
+                Some((first, last)) => (first.min(sent), last.max(until)),
+                None => (sent, until),
+            });
         }
     }
 }

@@ -8,10 +8,11 @@ use std::{
 
 use fred::prelude::{
     Builder, Client, ClientLike, Config, ConnectionConfig, Error, EventInterface,
-    PerformanceConfig, Pool, ReconnectPolicy,
+    PerformanceConfig, Pool, ReconnectPolicy, Value,
 };
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 
+use super::fault::{is_reply_of_redis, readable};
 use crate::{store::StoreError, version::IntervalClock};
 
 /// Where Redis is and how to reach it. Its debug form holds no credentials.
@@ -31,6 +32,27 @@ pub struct Connections {
     clock: Arc<Mutex<IntervalClock>>,
     /// Where local microseconds begin.
     started: Instant,
+    /// What happened to a connection last.
+    last_event: Arc<Mutex<LastEvent>>,
+    /// Counts new connections.
+    connected: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct LastEvent {
+    /// Every connection reports every attempt; one line a change is logged.
+    logged: String,
+    /// Why there is no connection.
+    error: String,
+}
+
+/// Why a connection did not answer a PING.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NoPong {
+    /// No answer within the time, or no connection.
+    Silence,
+    /// Redis answered with an error.
+    Refused(String),
 }
 
 // === impl RedisSettings ===
@@ -81,14 +103,18 @@ impl fmt::Debug for RedisSettings {
 impl Connections {
     const RECONNECT_MIN_DELAY_MS: u32 = 50;
     const RECONNECT_MAX_DELAY_MS: u32 = 500;
+    /// fred does not say when a client gets a connection, only whether it has.
+    const CONNECTED_POLL: Duration = Duration::from_millis(10);
+    const RECONNECT_BOUND: Duration = Duration::from_secs(1);
 
     /// Starts to connect, in the background and for as long as it takes.
     pub fn open(settings: &RedisSettings) -> Result<Self, StoreError> {
         let pool = Builder::from_config(settings.config.clone())
             .with_performance_config(|config: &mut PerformanceConfig| {
                 // The only timeout that takes a command back out of fred's
-                // queues; dropping the future of a call does not.
-                config.default_command_timeout = settings.timeout;
+                // queues; dropping the future of a call does not. It is no
+                // less than what any attempt waits for its answer.
+                config.default_command_timeout = settings.timeout * 2;
             })
             .with_connection_config(|config: &mut ConnectionConfig| {
                 config.connection_timeout = settings.timeout.max(Duration::from_millis(500));
@@ -111,6 +137,8 @@ impl Connections {
             timeout: settings.timeout,
             clock: Arc::default(),
             started: Instant::now(),
+            last_event: Arc::default(),
+            connected: watch::Sender::new(0),
         };
         connections.watch();
         connections.pool.connect_pool();
@@ -130,27 +158,87 @@ impl Connections {
     /// Logs when the connections of the pool come and go, and forgets the clock
     /// of a server that may not be the one we talk to next.
     fn watch(&self) {
-        // What was told last: every connection reports every attempt.
-        let told: Arc<Mutex<Option<String>>> = Arc::default();
         for client in self.pool.clients() {
-            let (clock, last_told) = (self.clock.clone(), told.clone());
+            let (clock, event) = (self.clock.clone(), self.last_event.clone());
+            let connected = self.connected.clone();
             client.on_reconnect(move |server| {
                 lock(&clock).forget();
-                let event = format!("connected to {server}");
-                if lock(&last_told).replace(event.clone()) != Some(event) {
+                connected.send_modify(|count| *count += 1);
+                if lock(&event).changes_to(format!("connected to {server}")) {
                     tracing::info!(%server, "connected to Redis");
                 }
                 async { Ok(()) }
             });
-            let last_told = told.clone();
+            let event = self.last_event.clone();
             client.on_error(move |(error, _)| {
-                let reason = error.details();
-                if lock(&last_told).replace(reason.to_owned()).as_deref() != Some(reason) {
+                let reason = readable(&error);
+                let mut event = lock(&event);
+                event.error = reason.to_owned();
+                if event.changes_to(reason.to_owned()) {
                     tracing::warn!(reason, "no connection to Redis, trying again");
                 }
                 async { Ok(()) }
             });
         }
+    }
+
+    /// Counts new connections: each may lead to another server than before.
+    pub fn connected(&self) -> watch::Receiver<u64> {
+        self.connected.subscribe()
+    }
+
+    /// Why there is no connection.
+    pub fn why_not(&self) -> String {
+        match lock(&self.last_event).error.as_str() {
+            "" => "not connected".into(),
+            error => format!("not connected: {error}"),
+        }
+    }
+
+    /// Number of connections.
+    pub fn count(&self) -> usize {
+        self.pool.clients().len()
+    }
+
+    /// Asks over any connection whether Redis is there.
+    pub async fn ping_any(&self, bound: Duration) -> Result<(), NoPong> {
+        Self::ping_over(self.pool.next_connected(), bound).await
+    }
+
+    /// Asks over the connection `index` whether Redis is there.
+    pub async fn ping(&self, index: usize, bound: Duration) -> Result<(), NoPong> {
+        Self::ping_over(&self.pool.clients()[index], bound).await
+    }
+
+    async fn ping_over(client: &Client, bound: Duration) -> Result<(), NoPong> {
+        let end = Instant::now() + bound;
+        while Instant::now() < end {
+            // What is sent without a connection waits for the next one in fred.
+            if client.is_connected() {
+                match tokio::time::timeout_at(end, client.ping::<Value>(None)).await {
+                    Ok(Ok(_)) => return Ok(()),
+                    Ok(Err(error)) if is_reply_of_redis(error.details()) => {
+                        return Err(NoPong::Refused(error.details().to_owned()));
+                    }
+                    // The connection broke; the next one may be there in time.
+                    Ok(Err(_)) => {}
+                    Err(_) => break,
+                }
+            }
+            tokio::time::sleep(Self::CONNECTED_POLL).await;
+        }
+        Err(NoPong::Silence)
+    }
+
+    /// Replaces the connection `index`, whatever it is waiting for.
+    pub async fn reconnect(&self, index: usize) {
+        let client = &self.pool.clients()[index];
+        if !client.is_connected() {
+            // It is being replaced already.
+            return;
+        }
+        // The result is in `is_connected`.
+        let _ = tokio::time::timeout(Self::RECONNECT_BOUND, client.force_reconnection()).await;
     }
 
     /// The client that takes the next command, if it is connected.
@@ -181,7 +269,18 @@ impl Connections {
     }
 }
 
+// === impl LastEvent ===
+
+impl LastEvent {
+    /// Takes in what happened. False if the same was logged last.
+    fn changes_to(&mut self, event: String) -> bool {
+        let changes = self.logged != event;
+        self.logged = event;
+        changes
+    }
+}
+
 /// Locks what cannot be left half changed.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -10,6 +10,7 @@
 --           there when the document was unreadable
 -- absent    nothing was there
 -- conflict  {…, version}
+-- early     {…, version}: nothing was done; wait until `now` is past the version
 
 local key, condition, lost_since = KEYS[1], ARGV[1], ARGV[3]
 
@@ -35,6 +36,12 @@ elseif condition ~= 'any' then
   if found.inexact then return reply('out_of_range', version) end
   if version ~= condition then return reply('conflict', version) end
 end
+
+-- A group that is created right after this must not get the version that is
+-- deleted now, which may be ahead of the clock by some microseconds. One that is
+-- far ahead was not made by this clock, and is not waited for.
+local ahead = tonumber(version) - now
+if ahead >= 0 and ahead < 100000 then return reply('early', version) end
 
 local done = redis.pcall('DEL', key)
 if type(done) == 'table' then return refuse(done.err, lost_since) end

@@ -27,12 +27,11 @@ impl Fault {
         if is_reply_of_redis(text) {
             return Self::of_reply(text);
         }
+        let text = readable(error).to_owned();
         match error.kind() {
             // fred could not find a connection to write to.
-            ErrorKind::Routing | ErrorKind::Backpressure | ErrorKind::Config => {
-                Self::NotRun(text.to_owned())
-            }
-            _ => Self::Lost(text.to_owned()),
+            ErrorKind::Routing | ErrorKind::Backpressure | ErrorKind::Config => Self::NotRun(text),
+            _ => Self::Lost(text),
         }
     }
 
@@ -58,9 +57,20 @@ impl Fault {
     }
 }
 
+/// The text of an error of fred for people: it prints those of the system in the
+/// form for programmers, `Os { code: 111, …, message: "Connection refused" }`.
+pub fn readable(error: &Error) -> &str {
+    let text = error.details();
+    let message = text
+        .strip_prefix("Os {")
+        .and_then(|os| os.split_once("message: \""))
+        .and_then(|(_, message)| message.split_once('"'));
+    message.map_or(text, |(message, _)| message)
+}
+
 /// Replies of Redis begin with a code in capitals (`ERR`, `LOADING`, …); fred's
 /// own texts do not.
-fn is_reply_of_redis(text: &str) -> bool {
+pub fn is_reply_of_redis(text: &str) -> bool {
     let code = text.split(' ').next().unwrap_or_default();
     code.len() >= 3 && code.bytes().all(|c| c.is_ascii_uppercase())
 }
@@ -88,6 +98,17 @@ mod tests {
             "WRONGTYPE Operation against a key",
         );
         assert_eq!(Fault::of(&error), Fault::Final(StoreError::ForeignType));
+    }
+
+    #[test]
+    fn errors_of_the_system_are_told_in_plain_words() {
+        let text = "Os { code: 111, kind: ConnectionRefused, message: \"Connection refused\" }";
+        assert_eq!(
+            readable(&Error::new(ErrorKind::IO, text)),
+            "Connection refused"
+        );
+        let text = "WRONGPASS invalid username-password pair or user is disabled.";
+        assert_eq!(readable(&Error::new(ErrorKind::Auth, text)), text);
     }
 
     #[test]

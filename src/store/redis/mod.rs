@@ -2,80 +2,103 @@
 //!
 //! This folder is the only place that knows fred. `attempt.rs` decides when a
 //! call is repeated, `fault.rs` what an error means, `script.rs` and the
-//! `.lua` files do the work on one key, `scan.rs` lists.
+//! `.lua` files do the work on one key, `write.rs` says it in their terms,
+//! `scan.rs` lists, `alone.rs` is Redis as a store without a fallback.
 
+mod alone;
 mod attempt;
 mod connection;
 mod fault;
 mod scan;
 mod script;
+mod write;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, time::Duration};
 
-use async_trait::async_trait;
-use bytes::Bytes;
 use fred::prelude::Value;
-use futures::{StreamExt, future::join_all};
-use tokio::time::Instant;
+use futures::{Stream, future::join_all};
+use tokio::{sync::watch, time::Instant};
 
-pub use self::connection::RedisSettings;
+pub use self::{
+    attempt::Trail,
+    connection::{NoPong, RedisSettings},
+    write::pipelines,
+};
 use self::{
     attempt::{Attempt, Attempts, on_any_node, on_key},
     connection::Connections,
     fault::Fault,
     scan::KeySpace,
     script::{Script, ScriptReply},
+    write::TimeBounds,
 };
 use super::{
-    Backend, Deadline, Deletion, Expiry, KeyPage, Reply, StoreError, Written,
-    documents::{Condition, DocumentStore, ReadAll, StoredDocument, WriteOutcome},
+    Deadline, Deletion, KeyPage, StoreError,
+    documents::{DocumentBatch, StoredDocument, Write, WriteOutcome},
 };
-use crate::{
-    document::{Document, DocumentHead, Unreadable},
-    group::{GroupKey, Time},
-    version::{Version, WriteIds},
-};
+use crate::{document::Document, group::GroupKey, version::Version};
 
-const BACKEND: Backend = Backend::Redis;
-
-/// Documents that one pipeline of `write_all` holds at most, and calls at once
-/// where they have to be written one by one.
-const WRITES_PER_PIPELINE: usize = 100;
-/// Bytes of documents that one pipeline holds at most, unless a single document
-/// has more: a pipeline gets no more time than one command.
-const BYTES_PER_PIPELINE: usize = 1 << 20;
-
-/// Keeps documents in Redis.
+/// Keeps documents in Redis. Cheap to clone.
 #[derive(Clone)]
 pub struct RedisStore {
     connections: Connections,
     keys: KeySpace,
-    write_ids: Arc<WriteIds>,
 }
 
-/// One write call: what stays the same in all of its attempts.
-struct WriteCall<'a> {
-    head: &'a DocumentHead,
-    condition: Condition,
-    expiry: Expiry,
-    write_id: String,
+/// Why Redis did not do what it was asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotDone {
+    /// For the caller.
+    pub error: StoreError,
+    pub cause: Cause,
 }
 
-/// The bounds of an attempt in microseconds of the time of Redis, as arguments
-/// of the scripts.
-struct TimeBounds {
-    /// Not executed later than this.
-    deadline: Value,
-    /// When an attempt whose answer is missing was executed at the earliest;
-    /// empty if there is none.
-    lost_since: Value,
+/// What a failed call says of Redis.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// Nothing: Redis has answered.
+    Answered,
+    /// Nothing: the caller's own deadline left too little time.
+    ShortOfTime,
+    /// Redis is down, or refuses its work: why.
+    Unwell(String),
+}
+
+/// A document that Redis held and may have lost.
+#[derive(Clone, Copy, Debug)]
+pub struct LostDocument<'a> {
+    pub document: &'a Document,
+    pub version: Version,
+    /// What is left of its time to live; None: it never expires.
+    pub left: Option<Duration>,
+    /// Whether it is put back also where nothing is stored.
+    pub put_back_absent: bool,
+}
+
+/// What became of a document that Redis may have lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Offered {
+    PutBack,
+    /// Redis holds the same version, or a newer one.
+    NotNeeded,
+    /// Redis holds nothing, since somebody has deleted it.
+    Deleted,
+}
+
+/// What a Redis server says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerInfo {
+    /// Another one after every start of the server.
+    pub run_id: String,
+    /// Whether it throws keys away when its memory is full.
+    pub maxmemory_policy: String,
 }
 
 // === impl RedisStore ===
 
 impl RedisStore {
     /// The time a batch without a deadline gets.
-    const BATCH_BOUND: Duration = Duration::from_secs(5);
+    pub const BATCH_BOUND: Duration = Duration::from_secs(5);
 
     /// Opens the connections in the background. Keys in Redis begin with
     /// `key_prefix`; `max_document_bytes` bounds what a scan reads of one value.
@@ -83,13 +106,11 @@ impl RedisStore {
         settings: &RedisSettings,
         key_prefix: &str,
         max_document_bytes: usize,
-        write_ids: Arc<WriteIds>,
     ) -> Result<Self, StoreError> {
         let connections = Connections::open(settings)?;
         Ok(Self {
             keys: KeySpace::new(connections.clone(), key_prefix, max_document_bytes),
             connections,
-            write_ids,
         })
     }
 
@@ -99,46 +120,209 @@ impl RedisStore {
         self.connections.wait(deadline).await
     }
 
-    fn new_write<'a>(
+    /// Writes a document if the condition holds.
+    pub async fn write_document(
         &self,
-        head: &'a DocumentHead,
-        condition: Condition,
-        expiry: Expiry,
-    ) -> WriteCall<'a> {
-        WriteCall {
-            head,
-            condition,
-            expiry,
-            write_id: self.write_ids.next(),
-        }
+        write: &Write,
+        deadline: Deadline,
+        trail: &Trail,
+    ) -> Result<WriteOutcome, NotDone> {
+        let attempts = Attempts::at_write(&self.connections, deadline, trail);
+        self.finish_write(write, attempts, trail).await
     }
 
-    /// Makes attempts at a write.
+    /// Writes documents, as many as one of the [`pipelines`] holds: one attempt
+    /// at all of them together, then more at each that failed. One result each.
+    pub async fn write_pipeline(
+        &self,
+        writes: &[Write],
+        deadline: Deadline,
+        trails: &[Trail],
+    ) -> Vec<Result<WriteOutcome, NotDone>> {
+        let first = match trails.first() {
+            Some(trail) => {
+                Attempts::at_write(&self.connections, deadline, trail)
+                    .next()
+                    .await
+            }
+            None => return Vec::new(),
+        };
+        let results = match first {
+            Some(attempt) => {
+                let results = self.pipeline(writes, &attempt, trails).await;
+                if results.contains(&Err(Fault::NoScript)) {
+                    // Once for all; what fails here fails again below, and is
+                    // told there.
+                    let _ = script::WRITE.load(&attempt).await;
+                }
+                results
+            }
+            None => vec![Err(Fault::NotRun(self.connections.why_not())); writes.len()],
+        };
+        let mut finished = Vec::with_capacity(writes.len());
+        for ((write, trail), result) in writes.iter().zip(trails).zip(results) {
+            finished.push(async move {
+                match result {
+                    Ok(outcome) => return Ok(outcome),
+                    Err(Fault::Final(error)) => return Err(NotDone::answered(error)),
+                    Err(Fault::Lost(_) | Fault::NotRun(_) | Fault::NoScript) => {}
+                }
+                let attempts = Attempts::at_write(&self.connections, deadline, trail).after_first();
+                self.finish_write(write, attempts, trail).await
+            });
+        }
+        join_all(finished).await
+    }
+
+    /// Reads a document.
+    pub async fn read_document(
+        &self,
+        key: &GroupKey,
+        with_expiry: bool,
+        deadline: Deadline,
+    ) -> Result<Option<StoredDocument>, NotDone> {
+        let mut attempts = Attempts::at_read(&self.connections, deadline);
+        while let Some(attempt) = attempts.next().await {
+            match self.try_read(key, with_expiry, &attempt).await {
+                Ok(found) => return Ok(found),
+                Err(fault) => attempts.failed(&attempt, fault)?,
+            }
+        }
+        Err(attempts.used_up())
+    }
+
+    /// Removes a document: any version, or only `expected`.
+    pub async fn remove_document(
+        &self,
+        key: &GroupKey,
+        expected: Option<Version>,
+        deadline: Deadline,
+        trail: &Trail,
+    ) -> Result<Deletion, NotDone> {
+        let mut attempts = Attempts::at_write(&self.connections, deadline, trail);
+        while let Some(attempt) = attempts.next().await {
+            match self.try_remove(key, expected, &attempt, trail).await {
+                Ok(deletion) => return Ok(deletion),
+                Err(fault) => attempts.failed(&attempt, fault)?,
+            }
+        }
+        Err(attempts.used_up())
+    }
+
+    /// Puts back a document that Redis has lost, under the version it had.
+    pub async fn restore_document(
+        &self,
+        lost: &LostDocument<'_>,
+        deadline: Deadline,
+    ) -> Result<Offered, NotDone> {
+        // Repeating it changes nothing, so a lost answer is of no matter; but it
+        // must not be executed after this call has ended.
+        let trail = Trail::default();
+        let mut attempts = Attempts::at_write(&self.connections, deadline, &trail);
+        while let Some(attempt) = attempts.next().await {
+            match self.try_restore(lost, &attempt, &trail).await {
+                Ok(offered) => return Ok(offered),
+                Err(fault) => attempts.failed(&attempt, fault)?,
+            }
+        }
+        let failed = attempts.used_up();
+        trail.end().await;
+        Err(failed)
+    }
+
+    /// Some keys that begin with `prefix`.
+    pub async fn list_keys(
+        &self,
+        prefix: &str,
+        page_size: usize,
+        token: Option<&str>,
+        deadline: Deadline,
+    ) -> Result<KeyPage, NotDone> {
+        self.keys.page(prefix, page_size, token, deadline).await
+    }
+
+    /// Number of documents whose key begins with `prefix`.
+    pub async fn count(&self, prefix: &str, deadline: Deadline) -> Result<u64, NotDone> {
+        self.keys.count(prefix, deadline).await
+    }
+
+    /// All documents whose key begins with `prefix`, without their expiry unless
+    /// it is asked for.
+    pub async fn read_documents(
+        &self,
+        prefix: &str,
+        with_expiry: bool,
+        deadline: Deadline,
+    ) -> Result<impl Stream<Item = Result<DocumentBatch, NotDone>> + Send + use<>, NotDone> {
+        self.keys.read_all(prefix, with_expiry, deadline).await
+    }
+
+    /// What the server says of itself.
+    pub async fn server(&self, deadline: Deadline) -> Result<ServerInfo, NotDone> {
+        self.keys.server(deadline).await
+    }
+
+    /// Asks over any connection whether Redis is there.
+    pub async fn ping_any(&self, bound: Duration) -> Result<(), NoPong> {
+        self.connections.ping_any(bound).await
+    }
+
+    /// Asks over the connection `index` whether Redis is there. Silence is
+    /// noticed after `bound`.
+    pub async fn ping(&self, index: usize, bound: Duration) -> Result<(), NoPong> {
+        self.connections.ping(index, bound).await
+    }
+
+    /// Replaces the connection `index`, whatever it is waiting for.
+    pub async fn reconnect(&self, index: usize) {
+        self.connections.reconnect(index).await;
+    }
+
+    /// Number of connections.
+    pub fn connections(&self) -> usize {
+        self.connections.count()
+    }
+
+    /// Counts new connections: each may lead to another server than before.
+    pub fn connected(&self) -> watch::Receiver<u64> {
+        self.connections.connected()
+    }
+
+    /// Why there is no connection.
+    pub fn why_not_connected(&self) -> String {
+        self.connections.why_not()
+    }
+}
+
+impl RedisStore {
     async fn finish_write(
         &self,
-        write: &WriteCall<'_>,
+        write: &Write,
         mut attempts: Attempts<'_>,
-    ) -> Result<WriteOutcome, StoreError> {
+        trail: &Trail,
+    ) -> Result<WriteOutcome, NotDone> {
         while let Some(attempt) = attempts.next().await {
-            match self.try_write(write, &attempt).await {
+            match self.try_write(write, &attempt, trail).await {
                 Ok(outcome) => return Ok(outcome),
                 Err(fault) => attempts.failed(&attempt, fault)?,
             }
         }
-        Err(attempts.write_exhausted())
+        Err(attempts.used_up())
     }
 
     async fn try_write(
         &self,
-        write: &WriteCall<'_>,
+        write: &Write,
         attempt: &Attempt,
+        trail: &Trail,
     ) -> Result<WriteOutcome, Fault> {
         let key = write.head.key();
         let bounds = self.bounds(attempt).await?;
+        let arguments = write::arguments(write, &bounds);
         let reply = self
-            .run(attempt, &script::WRITE, key, write.arguments(&bounds))
+            .run_write(attempt, trail, &script::WRITE, key, arguments)
             .await?;
-        read_write_reply(key, &reply)
+        write::read_write_reply(key, &reply)
     }
 
     async fn try_remove(
@@ -146,6 +330,7 @@ impl RedisStore {
         key: &GroupKey,
         expected: Option<Version>,
         attempt: &Attempt,
+        trail: &Trail,
     ) -> Result<Deletion, Fault> {
         let bounds = self.bounds(attempt).await?;
         let arguments = vec![
@@ -153,8 +338,44 @@ impl RedisStore {
             bounds.deadline,
             bounds.lost_since,
         ];
-        let reply = self.run(attempt, &script::DELETE, key, arguments).await?;
-        read_delete_reply(key, &reply)
+        loop {
+            let arguments = arguments.clone();
+            let reply = self
+                .run_write(attempt, trail, &script::DELETE, key, arguments)
+                .await?;
+            match write::too_early_by(&reply) {
+                // When the attempt is over, the script says that it is late.
+                Some(wait) => tokio::time::sleep(wait).await,
+                None => return write::read_delete_reply(key, &reply),
+            }
+        }
+    }
+
+    async fn try_restore(
+        &self,
+        lost: &LostDocument<'_>,
+        attempt: &Attempt,
+        trail: &Trail,
+    ) -> Result<Offered, Fault> {
+        let bounds = self.bounds(attempt).await?;
+        let arguments = vec![
+            Value::Bytes(lost.document.json.clone()),
+            lost.version.to_string().into(),
+            lost.left
+                .map_or("".into(), |left| left.as_millis().max(1).to_string().into()),
+            bounds.deadline,
+            if lost.put_back_absent { "1" } else { "" }.into(),
+        ];
+        let key = &lost.document.key;
+        let reply = self
+            .run_write(attempt, trail, &script::RESTORE, key, arguments)
+            .await?;
+        match reply.status.as_str() {
+            "restored" => Ok(Offered::PutBack),
+            "kept" => Ok(Offered::NotNeeded),
+            "absent" => Ok(Offered::Deleted),
+            _ => Err(reply.fault()),
+        }
     }
 
     async fn try_read(
@@ -163,40 +384,74 @@ impl RedisStore {
         with_expiry: bool,
         attempt: &Attempt,
     ) -> Result<Option<StoredDocument>, Fault> {
-        let (json, expires_at) = if with_expiry {
-            let reply = self.run(attempt, &script::READ, key, Vec::new()).await?;
-            match reply.status.as_str() {
-                "absent" => (None, None),
-                "read" => (reply.bytes(0), expiry(&reply, 1)),
-                _ => return Err(reply.fault()),
-            }
-        } else {
-            let value = attempt
-                .run(on_key("GET"), vec![self.keys.redis_key(key).into()])
-                .await?;
-            (script::bytes(&value), None)
-        };
-        Ok(json.map(|json| StoredDocument {
+        let redis_key = self.keys.redis_key(key);
+        if with_expiry {
+            let sent = Instant::now();
+            let reply = script::READ.run(attempt, &redis_key, Vec::new()).await?;
+            self.connections.observe(sent, reply.now);
+            return write::read_read_reply(key, &reply);
+        }
+        let value = attempt.run(on_key("GET"), vec![redis_key.into()]).await?;
+        Ok(script::bytes(&value).map(|json| StoredDocument {
             document: Document {
                 key: key.clone(),
                 json,
             },
-            expires_at,
+            expires: None,
         }))
     }
 
-    /// Runs a script on one key and learns from its reply what time it is in
-    /// Redis.
-    async fn run(
+    /// One attempt at all writes; one result each.
+    async fn pipeline(
+        &self,
+        writes: &[Write],
+        attempt: &Attempt,
+        trails: &[Trail],
+    ) -> Vec<Result<WriteOutcome, Fault>> {
+        let all_failed = |fault| vec![Err(fault); writes.len()];
+        let bounds = match self.bounds(attempt).await {
+            Ok(bounds) => bounds,
+            Err(fault) => return all_failed(fault),
+        };
+        let mut commands = Vec::with_capacity(writes.len());
+        for (write, trail) in writes.iter().zip(trails) {
+            let key = self.keys.redis_key(write.head.key());
+            let arguments = script::WRITE.arguments(&key, write::arguments(write, &bounds));
+            commands.push((script::WRITE.command(), arguments));
+            trail.sent(attempt);
+        }
+        let replies = match attempt.pipeline(commands).await {
+            Ok(replies) => replies,
+            Err(fault) => return all_failed(fault),
+        };
+        let mut results = Vec::with_capacity(writes.len());
+        for ((write, trail), reply) in writes.iter().zip(trails).zip(replies) {
+            if !matches!(reply, Err(Fault::Lost(_))) {
+                trail.answered();
+            }
+            results.push(reply.and_then(ScriptReply::parse).and_then(|reply| {
+                self.connections.observe(attempt.sent, reply.now);
+                write::read_write_reply(write.head.key(), &reply)
+            }));
+        }
+        results
+    }
+
+    /// Runs a script that may change a document, and learns from its reply what
+    /// time it is in Redis.
+    async fn run_write(
         &self,
         attempt: &Attempt,
+        trail: &Trail,
         script: &Script,
         key: &GroupKey,
         arguments: Vec<Value>,
     ) -> Result<ScriptReply, Fault> {
         let sent = Instant::now();
         let redis_key = self.keys.redis_key(key);
-        let reply = script.run(attempt, &redis_key, arguments).await?;
+        let reply = script
+            .run_write(attempt, trail, &redis_key, arguments)
+            .await?;
         self.connections.observe(sent, reply.now);
         Ok(reply)
     }
@@ -234,320 +489,54 @@ impl RedisStore {
     }
 }
 
-#[async_trait]
-impl DocumentStore for RedisStore {
-    fn backend(&self) -> Backend {
-        BACKEND
-    }
+// === impl NotDone ===
 
-    async fn write(
-        &self,
-        head: &DocumentHead,
-        condition: Condition,
-        expiry: Expiry,
-        deadline: Deadline,
-    ) -> Reply<WriteOutcome> {
-        let write = self.new_write(head, condition, expiry);
-        match self
-            .finish_write(&write, Attempts::new(&self.connections, deadline))
-            .await
-        {
-            Ok(outcome) => Ok(BACKEND.answers(outcome)),
-            Err(error) => Err(BACKEND.fails(error)),
+impl NotDone {
+    /// Redis has answered with this.
+    pub fn answered(error: StoreError) -> Self {
+        Self {
+            error,
+            cause: Cause::Answered,
         }
     }
 
-    async fn read(
-        &self,
-        key: &GroupKey,
-        with_expiry: bool,
-        deadline: Deadline,
-    ) -> Reply<Option<StoredDocument>> {
-        let mut attempts = Attempts::new(&self.connections, deadline);
-        while let Some(attempt) = attempts.next().await {
-            match self.try_read(key, with_expiry, &attempt).await {
-                Ok(found) => return Ok(BACKEND.answers(found)),
-                Err(fault) => attempts
-                    .failed(&attempt, fault)
-                    .map_err(|error| BACKEND.fails(error))?,
-            }
-        }
-        Err(BACKEND.fails(attempts.exhausted()))
-    }
-
-    async fn remove(
-        &self,
-        key: &GroupKey,
-        expected: Option<Version>,
-        deadline: Deadline,
-    ) -> Reply<Deletion> {
-        let mut attempts = Attempts::new(&self.connections, deadline);
-        while let Some(attempt) = attempts.next().await {
-            match self.try_remove(key, expected, &attempt).await {
-                Ok(deletion) => return Ok(BACKEND.answers(deletion)),
-                Err(fault) => attempts
-                    .failed(&attempt, fault)
-                    .map_err(|error| BACKEND.fails(error))?,
-            }
-        }
-        Err(BACKEND.fails(attempts.write_exhausted()))
-    }
-
-    async fn write_all(
-        &self,
-        heads: &[DocumentHead],
-        expiry: Expiry,
-        deadline: Deadline,
-    ) -> Vec<Reply<Written>> {
-        let deadline = Deadline::at(deadline.or_within(Self::BATCH_BOUND));
-        let mut replies = Vec::with_capacity(heads.len());
-        for chunk in pipelines(heads) {
-            let writes: Vec<_> = chunk
-                .iter()
-                .map(|head| self.new_write(head, Condition::Any, expiry))
-                .collect();
-            let outcomes = self.write_chunk(writes, deadline).await;
-            replies.extend(outcomes.into_iter().map(|outcome| match outcome {
-                Ok(WriteOutcome::Written(written)) => Ok(BACKEND.answers(written)),
-                Ok(WriteOutcome::Conflict { .. }) => Err(BACKEND.fails(StoreError::Bug(
-                    "an unconditional write met a conflict".into(),
-                ))),
-                Err(error) => Err(BACKEND.fails(error)),
-            }));
-        }
-        replies
-    }
-
-    async fn list_keys(
-        &self,
-        prefix: &str,
-        page_size: usize,
-        token: Option<&str>,
-        deadline: Deadline,
-    ) -> Reply<KeyPage> {
-        match self.keys.page(prefix, page_size, token, deadline).await {
-            Ok(page) => Ok(BACKEND.answers(page)),
-            Err(error) => Err(BACKEND.fails(error)),
+    fn short_of_time(error: StoreError) -> Self {
+        Self {
+            error,
+            cause: Cause::ShortOfTime,
         }
     }
 
-    async fn size(&self, prefix: &str, deadline: Deadline) -> Reply<u64> {
-        match self.keys.count(prefix, deadline).await {
-            Ok(count) => Ok(BACKEND.answers(count)),
-            Err(error) => Err(BACKEND.fails(error)),
-        }
-    }
-
-    async fn read_all(&self, prefix: &str, deadline: Deadline) -> Reply<ReadAll> {
-        match self.keys.read_all(prefix, deadline).await {
-            Ok(batches) => Ok(BACKEND.answers(ReadAll {
-                complete: true,
-                batches: batches
-                    .map(|batch| batch.map_err(|error| BACKEND.fails(error)))
-                    .boxed(),
-            })),
-            Err(error) => Err(BACKEND.fails(error)),
+    fn unwell(error: StoreError, why: String) -> Self {
+        Self {
+            error,
+            cause: Cause::Unwell(why),
         }
     }
 }
 
-impl RedisStore {
-    /// Makes one attempt at all writes in one pipeline, then goes on with each
-    /// of those that failed by itself.
-    async fn write_chunk(
-        &self,
-        writes: Vec<WriteCall<'_>>,
-        deadline: Deadline,
-    ) -> Vec<Result<WriteOutcome, StoreError>> {
-        let sent = Instant::now();
-        let results = match Attempts::new(&self.connections, deadline).next().await {
-            Some(attempt) => {
-                let results = self.pipeline(&writes, &attempt).await;
-                if results.contains(&Err(Fault::NoScript)) {
-                    // Once for all; what fails here fails again below, and is
-                    // told there.
-                    let _ = script::WRITE.load(&attempt).await;
-                }
-                results
-            }
-            None => vec![Err(Fault::NotRun("not connected".into())); writes.len()],
-        };
-        let mut finished = Vec::with_capacity(writes.len());
-        for (write, result) in writes.iter().zip(results) {
-            finished.push(async move {
-                let lost_since = match result {
-                    Ok(outcome) => return Ok(outcome),
-                    Err(Fault::Final(error)) => return Err(error),
-                    Err(Fault::Lost(_)) => Some(sent),
-                    Err(Fault::NotRun(_) | Fault::NoScript) => None,
-                };
-                let attempts = Attempts::new(&self.connections, deadline).after_first(lost_since);
-                self.finish_write(write, attempts).await
-            });
-        }
-        join_all(finished).await
-    }
-
-    /// One attempt at all writes; one result each.
-    async fn pipeline(
-        &self,
-        writes: &[WriteCall<'_>],
-        attempt: &Attempt,
-    ) -> Vec<Result<WriteOutcome, Fault>> {
-        let all_failed = |fault| vec![Err(fault); writes.len()];
-        let bounds = match self.bounds(attempt).await {
-            Ok(bounds) => bounds,
-            Err(fault) => return all_failed(fault),
-        };
-        let mut commands = Vec::with_capacity(writes.len());
-        for write in writes {
-            let key = self.keys.redis_key(write.head.key());
-            let arguments = script::WRITE.arguments(&key, write.arguments(&bounds));
-            commands.push((script::WRITE.command(), arguments));
-        }
-        let replies = match attempt.pipeline(commands).await {
-            Ok(replies) => replies,
-            Err(fault) => return all_failed(fault),
-        };
-        writes
-            .iter()
-            .zip(replies)
-            .map(|(write, reply)| {
-                let reply = ScriptReply::parse(reply?)?;
-                self.connections.observe(attempt.sent, reply.now);
-                read_write_reply(write.head.key(), &reply)
-            })
-            .collect()
+impl From<StoreError> for NotDone {
+    fn from(error: StoreError) -> Self {
+        Self::answered(error)
     }
 }
 
-// === impl WriteCall ===
+// === impl ServerInfo ===
 
-impl WriteCall<'_> {
-    /// The arguments of `write.lua`.
-    fn arguments(&self, bounds: &TimeBounds) -> Vec<Value> {
-        let condition = match self.condition {
-            Condition::Any => "any".into(),
-            Condition::Absent => "absent".into(),
-            Condition::Version(version) => version.to_string().into(),
-        };
-        let (ttl, keep) = match self.expiry {
-            Expiry::After(ttl) => (ttl, ""),
-            Expiry::Keep { otherwise } => (otherwise, "1"),
-        };
-        vec![
-            Value::Bytes(self.head.up_to_version(&self.write_id)),
-            condition,
-            ttl.as_millis().to_string().into(),
-            keep.into(),
-            bounds.deadline.clone(),
-            self.write_id.as_str().into(),
-            bounds.lost_since.clone(),
-        ]
-    }
-}
-
-/// Cuts a batch into what is sent at once.
-fn pipelines(mut heads: &[DocumentHead]) -> Vec<&[DocumentHead]> {
-    let mut pipelines = Vec::new();
-    while !heads.is_empty() {
-        let mut bytes = 0;
-        let fitting = heads.iter().take(WRITES_PER_PIPELINE).take_while(|head| {
-            bytes += head.stored_bytes();
-            bytes <= BYTES_PER_PIPELINE
-        });
-        let (pipeline, rest) = heads.split_at(fitting.count().max(1));
-        pipelines.push(pipeline);
-        heads = rest;
-    }
-    pipelines
-}
-
-fn read_write_reply(key: &GroupKey, reply: &ScriptReply) -> Result<WriteOutcome, Fault> {
-    match reply.status.as_str() {
-        "written" => {
-            if let (Some(bytes), Some(sha1)) = (reply.integer(2), reply.text(3)) {
-                tracing::warn!(%key, bytes, sha1, "replaced an unreadable document");
-            }
-            Ok(WriteOutcome::Written(Written {
-                version: version(reply, 0)?,
-                expires_at: expiry(reply, 1),
-            }))
-        }
-        "conflict" => Ok(WriteOutcome::Conflict {
-            current: reply.bytes(0).map(|json| Document {
-                key: key.clone(),
-                json,
-            }),
-        }),
-        "unreadable" => Err(unreadable(key, reply.bytes(0))),
-        _ => Err(reply.fault()),
-    }
-}
-
-fn read_delete_reply(key: &GroupKey, reply: &ScriptReply) -> Result<Deletion, Fault> {
-    let (deleted, version) = match reply.status.as_str() {
-        "deleted" => {
-            if let (Some(bytes), Some(sha1)) = (reply.integer(1), reply.text(2)) {
-                tracing::warn!(%key, bytes, sha1, "removed an unreadable document");
-            }
-            // None for the 0 of an unreadable document.
-            (true, reply.integer(0).and_then(Version::new))
-        }
-        "absent" => (false, None),
-        "conflict" => (false, Some(version(reply, 0)?)),
-        "unreadable" => return Err(unreadable(key, reply.bytes(0))),
-        _ => return Err(reply.fault()),
-    };
-    Ok(Deletion { deleted, version })
-}
-
-fn version(reply: &ScriptReply, at: usize) -> Result<Version, Fault> {
-    reply.integer(at).and_then(Version::new).ok_or_else(|| {
-        let text = reply.text(at).unwrap_or_default();
-        Fault::Final(StoreError::VersionOutOfRange(text))
-    })
-}
-
-/// A reply holds milliseconds since 1970, or -1 for "never".
-fn expiry(reply: &ScriptReply, at: usize) -> Option<Time> {
-    let millis = reply.integer(at).filter(|millis| *millis >= 0)?;
-    Time::from_millis(millis).ok()
-}
-
-/// The script could not tell the version; parsing says why.
-fn unreadable(key: &GroupKey, json: Option<Bytes>) -> Fault {
-    let document = Document {
-        key: key.clone(),
-        json: json.unwrap_or_default(),
-    };
-    let why = document
-        .parse()
-        .err()
-        .unwrap_or_else(|| Unreadable::new(&document.json, "Redis cannot parse it as JSON".into()));
-    Fault::Final(StoreError::Unreadable(why))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::group::{AlertGroup, GroupMetadata};
-
-    #[test]
-    fn a_batch_is_cut_by_number_and_by_bytes() {
-        let head = |name_bytes: usize| {
-            DocumentHead::new(&AlertGroup {
-                key: GroupKey::new("k".repeat(name_bytes)).unwrap(),
-                alerts: Default::default(),
-                metadata: GroupMetadata::default(),
-            })
-        };
-        let lengths = |heads: &[DocumentHead]| -> Vec<usize> {
-            pipelines(heads).into_iter().map(<[_]>::len).collect()
-        };
-        assert_eq!(lengths(&[]), [0; 0]);
-        assert_eq!(lengths(&vec![head(1); 250]), [100, 100, 50]);
-        assert_eq!(lengths(&vec![head(400_000); 5]), [2, 2, 1]);
-        assert_eq!(lengths(&[head(1), head(2_000_000), head(1)]), [1, 1, 1]);
+impl ServerInfo {
+    /// From the reply to `INFO`.
+    fn parse(info: &str) -> Option<Self> {
+        let fields: HashMap<&str, &str> = info
+            .lines()
+            .filter_map(|line| line.trim().split_once(':'))
+            .collect();
+        Some(Self {
+            run_id: (*fields.get("run_id")?).to_owned(),
+            maxmemory_policy: fields
+                .get("maxmemory_policy")
+                .copied()
+                .unwrap_or_default()
+                .to_owned(),
+        })
     }
 }

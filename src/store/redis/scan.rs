@@ -9,19 +9,21 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 use fred::{prelude::Value, types::CustomCommand};
 use futures::{Stream, stream};
-use tokio::time::Instant;
 
 use super::{
+    NotDone, ServerInfo,
     attempt::{Attempts, on_any_node, on_key},
     connection::Connections,
     fault::Fault,
-    script,
+    script::{self, ScriptReply},
+    write::read_read_reply,
 };
 use crate::{
     document::Document,
     group::GroupKey,
     store::{
-        Backend, Deadline, KeyPage, Problem, StoreError, documents::DocumentBatch,
+        Backend, Deadline, KeyPage, Problem, StoreError,
+        documents::{DocumentBatch, StoredDocument},
         page_token::PageToken,
     },
 };
@@ -48,6 +50,8 @@ struct ScanPage {
 struct Reading {
     keys: KeySpace,
     prefix: String,
+    /// Whether to look up when each document expires.
+    with_expiry: bool,
     deadline: Deadline,
     /// The server that is scanned.
     run_id: String,
@@ -92,18 +96,17 @@ impl KeySpace {
         page_size: usize,
         token: Option<&str>,
         deadline: Deadline,
-    ) -> Result<KeyPage, StoreError> {
+    ) -> Result<KeyPage, NotDone> {
         let token = token
             .map(|token| PageToken::decode(token, prefix))
             .transpose()?;
-        let run_id = self.run_id(deadline).await?;
+        let run_id = self.server(deadline).await?.run_id;
         let mut cursor = match token {
             Some(token) => {
                 token.check_server(Backend::Redis, &run_id)?;
                 if token.cursor.parse::<u64>().is_err() {
-                    return Err(StoreError::InvalidPageToken(
-                        "this page token has no valid cursor",
-                    ));
+                    let error = "this page token has no valid cursor";
+                    return Err(StoreError::InvalidPageToken(error).into());
                 }
                 Some(token.cursor)
             }
@@ -141,7 +144,7 @@ impl KeySpace {
     }
 
     /// Number of group keys that begin with `prefix`.
-    pub async fn count(&self, prefix: &str, deadline: Deadline) -> Result<u64, StoreError> {
+    pub async fn count(&self, prefix: &str, deadline: Deadline) -> Result<u64, NotDone> {
         let mut count = 0;
         let mut cursor = Some("0".to_owned());
         while let Some(from) = cursor {
@@ -158,10 +161,12 @@ impl KeySpace {
     pub async fn read_all(
         &self,
         prefix: &str,
+        with_expiry: bool,
         deadline: Deadline,
-    ) -> Result<impl Stream<Item = Result<DocumentBatch, StoreError>> + use<>, StoreError> {
+    ) -> Result<impl Stream<Item = Result<DocumentBatch, NotDone>> + Send + use<>, NotDone> {
         let reading = Reading {
-            run_id: self.run_id(deadline).await?,
+            run_id: self.server(deadline).await?.run_id,
+            with_expiry,
             keys: self.clone(),
             prefix: prefix.to_owned(),
             deadline,
@@ -182,7 +187,7 @@ impl KeySpace {
         cursor: &str,
         count: usize,
         deadline: Deadline,
-    ) -> Result<ScanPage, StoreError> {
+    ) -> Result<ScanPage, NotDone> {
         let pattern = format!("{}{}*", escape_glob(&self.key_prefix), escape_glob(prefix));
         let command = on_any_node("SCAN");
         let arguments = vec![
@@ -195,7 +200,7 @@ impl KeySpace {
             "string".into(),
         ];
         let reply = self.read_one(command, arguments, deadline).await?;
-        let malformed = || StoreError::Bug("SCAN: a reply of another form".into());
+        let malformed = || NotDone::from(StoreError::Bug("SCAN: a reply of another form".into()));
         let Value::Array(parts) = reply else {
             return Err(malformed());
         };
@@ -215,25 +220,22 @@ impl KeySpace {
         })
     }
 
-    /// The `run_id` of the server that answers: another one after every
-    /// restart.
-    async fn run_id(&self, deadline: Deadline) -> Result<String, StoreError> {
+    /// What the server that answers says of itself.
+    pub async fn server(&self, deadline: Deadline) -> Result<ServerInfo, NotDone> {
         let info = self
-            .read_one(on_any_node("INFO"), vec!["server".into()], deadline)
+            .read_one(on_any_node("INFO"), Vec::new(), deadline)
             .await?
             .into_string()
             .unwrap_or_default();
-        info.lines()
-            .find_map(|line| line.strip_prefix("run_id:"))
-            .map(|run_id| run_id.trim().to_owned())
-            .ok_or_else(|| StoreError::Bug("INFO server: no run_id".into()))
+        let server = ServerInfo::parse(&info);
+        server.ok_or_else(|| StoreError::Bug("INFO: no run_id".into()).into())
     }
 
-    async fn check_run_id(&self, run_id: &str, deadline: Deadline) -> Result<(), StoreError> {
-        if self.run_id(deadline).await? == run_id {
+    async fn check_run_id(&self, run_id: &str, deadline: Deadline) -> Result<(), NotDone> {
+        if self.server(deadline).await?.run_id == run_id {
             Ok(())
         } else {
-            Err(StoreError::ListingRestarted)
+            Err(StoreError::ListingRestarted.into())
         }
     }
 
@@ -244,10 +246,25 @@ impl KeySpace {
         command: &'static str,
         keys: &[GroupKey],
         deadline: Deadline,
-    ) -> Result<Vec<Option<Value>>, StoreError> {
+    ) -> Result<Vec<Option<Value>>, NotDone> {
         let mut commands = Vec::with_capacity(keys.len());
         for key in keys {
             commands.push((on_key(command), vec![self.redis_key(key).into()]));
+        }
+        self.read(commands, deadline).await
+    }
+
+    /// The reply of `read.lua` for each of some keys; None where another type
+    /// lives.
+    async fn read_each_expiring(
+        &self,
+        keys: &[GroupKey],
+        deadline: Deadline,
+    ) -> Result<Vec<Option<Value>>, NotDone> {
+        let mut commands = Vec::with_capacity(keys.len());
+        for key in keys {
+            let arguments = script::READ.arguments(&self.redis_key(key), Vec::new());
+            commands.push((script::READ.command(), arguments));
         }
         self.read(commands, deadline).await
     }
@@ -258,7 +275,7 @@ impl KeySpace {
         command: CustomCommand,
         arguments: Vec<Value>,
         deadline: Deadline,
-    ) -> Result<Value, StoreError> {
+    ) -> Result<Value, NotDone> {
         let replies = self.read(vec![(command, arguments)], deadline).await?;
         Ok(replies.into_iter().flatten().next().unwrap_or(Value::Null))
     }
@@ -268,29 +285,33 @@ impl KeySpace {
         &self,
         commands: Vec<(CustomCommand, Vec<Value>)>,
         deadline: Deadline,
-    ) -> Result<Vec<Option<Value>>, StoreError> {
+    ) -> Result<Vec<Option<Value>>, NotDone> {
         if commands.is_empty() {
             return Ok(Vec::new());
         }
         // Each step of a listing gets the time of one call.
-        let bound = Instant::now() + Attempts::CALL_BOUND;
-        let deadline = deadline.instant().map_or(bound, |at| at.min(bound));
-        let mut attempts = Attempts::new(&self.connections, Deadline::at(deadline));
+        let mut attempts = Attempts::at_read(&self.connections, deadline);
         while let Some(attempt) = attempts.next().await {
             let replies = attempt.pipeline(commands.clone()).await;
             match replies.and_then(|replies| replies.into_iter().map(unless_foreign).collect()) {
                 Ok(values) => return Ok(values),
-                Err(fault) => attempts.failed(&attempt, fault)?,
+                Err(fault) => {
+                    if fault == Fault::NoScript {
+                        // What fails here fails again in the next attempt.
+                        let _ = script::READ.load(&attempt).await;
+                    }
+                    attempts.failed(&attempt, fault)?;
+                }
             }
         }
-        Err(attempts.exhausted())
+        Err(attempts.used_up())
     }
 }
 
 // === impl Reading ===
 
 impl Reading {
-    async fn next(&mut self) -> Result<Option<DocumentBatch>, StoreError> {
+    async fn next(&mut self) -> Result<Option<DocumentBatch>, NotDone> {
         if self.found.is_empty() {
             let Some(cursor) = self.cursor.take() else {
                 return Ok(None);
@@ -310,7 +331,7 @@ impl Reading {
     }
 
     /// Looks for more keys.
-    async fn find(&mut self, cursor: &str) -> Result<(), StoreError> {
+    async fn find(&mut self, cursor: &str) -> Result<(), NotDone> {
         let scanned = self
             .keys
             .scan(&self.prefix, cursor, KeySpace::SCAN_COUNT, self.deadline)
@@ -345,7 +366,7 @@ impl Reading {
     }
 
     /// Reads some of the documents that were found.
-    async fn read(&mut self) -> Result<Vec<Document>, StoreError> {
+    async fn read(&mut self) -> Result<Vec<StoredDocument>, NotDone> {
         let mut keys = Vec::new();
         let mut room = KeySpace::BATCH_BYTES;
         while let Some((_, bytes)) = self.found.front()
@@ -354,18 +375,33 @@ impl Reading {
             room = room.saturating_sub(*bytes);
             keys.extend(self.found.pop_front().map(|(key, _)| key));
         }
-        let values = self.keys.read_each("GET", &keys, self.deadline).await?;
+        let values = if self.with_expiry {
+            self.keys.read_each_expiring(&keys, self.deadline).await?
+        } else {
+            self.keys.read_each("GET", &keys, self.deadline).await?
+        };
         let mut documents = Vec::with_capacity(keys.len());
         for (key, value) in keys.into_iter().zip(values) {
             match value {
                 // None: deleted or expired since it was found.
-                Some(value) => {
-                    documents.extend(script::bytes(&value).map(|json| Document { key, json }))
-                }
+                Some(value) => documents.extend(self.stored(key, value)?),
                 None => self.problem(&key, StoreError::ForeignType),
             }
         }
         Ok(documents)
+    }
+
+    /// What was read of a key, if anything.
+    fn stored(&self, key: GroupKey, value: Value) -> Result<Option<StoredDocument>, NotDone> {
+        if self.with_expiry {
+            let read = ScriptReply::parse(value).and_then(|reply| read_read_reply(&key, &reply));
+            // A reply that is no error and no document was not foreseen.
+            return read.map_err(|fault| StoreError::Bug(format!("READ: {fault:?}")).into());
+        }
+        Ok(script::bytes(&value).map(|json| StoredDocument {
+            document: Document { key, json },
+            expires: None,
+        }))
     }
 
     fn problem(&mut self, key: &GroupKey, error: StoreError) {
@@ -378,10 +414,18 @@ impl Reading {
 
 fn unless_foreign(reply: Result<Value, Fault>) -> Result<Option<Value>, Fault> {
     match reply {
-        Ok(value) => Ok(Some(value)),
+        Ok(value) => Ok(Some(value).filter(|value| !says_foreign(value))),
         Err(Fault::Final(StoreError::ForeignType)) => Ok(None),
         Err(fault) => Err(fault),
     }
+}
+
+/// Whether a script says that another type lives at its key.
+fn says_foreign(reply: &Value) -> bool {
+    let Value::Array(values) = reply else {
+        return false;
+    };
+    values.first().and_then(Value::as_string).as_deref() == Some("foreign")
 }
 
 /// A key of ours as a group key. No error for the service's own keys, which no

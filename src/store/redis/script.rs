@@ -10,7 +10,7 @@ use fred::{
 use sha1::{Digest, Sha1};
 
 use super::{
-    attempt::{Attempt, on_any_node},
+    attempt::{Attempt, Trail, on_any_node},
     fault::Fault,
 };
 use crate::store::StoreError;
@@ -36,6 +36,14 @@ pub static READ: LazyLock<Script> = LazyLock::new(|| {
     Script::new(concat!(
         include_str!("document.lua"),
         include_str!("read.lua")
+    ))
+});
+
+/// Puts back a document that the server has lost; see `restore.lua`.
+pub static RESTORE: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(concat!(
+        include_str!("document.lua"),
+        include_str!("restore.lua")
     ))
 });
 
@@ -82,7 +90,7 @@ impl Script {
         all
     }
 
-    /// Calls the script; loads it first if the server does not know it.
+    /// Calls a script that changes nothing.
     pub async fn run(
         &self,
         attempt: &Attempt,
@@ -94,6 +102,26 @@ impl Script {
             Err(Fault::NoScript) => {
                 self.load(attempt).await?;
                 attempt.run(self.command(), arguments).await?
+            }
+            reply => reply?,
+        };
+        ScriptReply::parse(reply)
+    }
+
+    /// Calls a script that may change the document.
+    pub async fn run_write(
+        &self,
+        attempt: &Attempt,
+        trail: &Trail,
+        key: &str,
+        arguments: Vec<Value>,
+    ) -> Result<ScriptReply, Fault> {
+        let arguments = self.arguments(key, arguments);
+        let first = attempt.run_write(trail, self.command(), arguments.clone());
+        let reply = match first.await {
+            Err(Fault::NoScript) => {
+                self.load(attempt).await?;
+                attempt.run_write(trail, self.command(), arguments).await?
             }
             reply => reply?,
         };

@@ -10,10 +10,11 @@
 -- ARGV[6]  the write id, the same in every attempt of one call
 -- ARGV[7]  '' unless the answer to an earlier attempt was lost; then the
 --          least possible time at which that attempt was executed
+-- ARGV[8]  '' or a version that the new one must be greater than
 --
 -- written   {…, version, expiry in ms since 1970 or '-1', size, digest}; the
 --           last two, of an unreadable document that was replaced, may be absent
--- conflict  {…, document or false}
+-- conflict  {…, document or false, expiry of the document}
 
 local key, head, condition = KEYS[1], ARGV[1], ARGV[2]
 local write_id, lost_since = ARGV[6], ARGV[7]
@@ -26,14 +27,17 @@ local function expiry(ttl)
   return string.format('%.0f', math.floor(now / 1000) + ttl)
 end
 
-local function conflict()
-  return reply('conflict', found.exists and redis.call('GET', key))
+local function stored_expiry()
+  local ttl = redis.call('PTTL', key)
+  return ttl < 0 and '-1' or expiry(ttl)
 end
 
-if found.write_id == write_id then
-  local ttl = redis.call('PTTL', key)
-  return reply('written', found.version, ttl < 0 and '-1' or expiry(ttl))
+local function conflict()
+  if not found.exists then return reply('conflict', false) end
+  return reply('conflict', redis.call('GET', key), stored_expiry())
 end
+
+if found.write_id == write_id then return reply('written', found.version, stored_expiry()) end
 
 local unreadable = found.exists and not found.version
 local matches = found.exists and found.version == condition and not found.inexact
@@ -56,13 +60,13 @@ elseif condition ~= 'any' then
 end
 
 -- The next version: a multiple of 16, not less than now, greater than the
--- stored one.
+-- stored one and the one it was given.
 local version = now + (16 - now % 16) % 16
-if found.version then
-  if beyond(found.version, MAX_RAISABLE) then return reply('out_of_range', found.version) end
-  local stored = tonumber(found.version)
-  if version <= stored then version = stored + 16 - stored % 16 end
-  if version > tonumber(MAX_RAISABLE) then return reply('out_of_range', found.version) end
+for _, lower in ipairs({found.version or '0', ARGV[8] == '' and '0' or ARGV[8]}) do
+  if beyond(lower, MAX_RAISABLE) then return reply('out_of_range', lower) end
+  lower = tonumber(lower)
+  if version <= lower then version = lower + 16 - lower % 16 end
+  if version > tonumber(MAX_RAISABLE) then return reply('out_of_range', string.format('%.0f', lower)) end
 end
 version = string.format('%.0f', version)
 

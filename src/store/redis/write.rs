@@ -1,0 +1,208 @@
+//! Writes, deletes and reads in the terms of the scripts: their arguments and
+//! their replies.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use fred::prelude::Value;
+
+use super::{fault::Fault, script::ScriptReply};
+use crate::{
+    document::{Document, Unreadable},
+    group::{GroupKey, Time},
+    store::{
+        Deletion, Expires, Expiry, StoreError, Written,
+        documents::{Condition, StoredDocument, Write, WriteOutcome},
+    },
+    version::Version,
+};
+
+/// Documents that one pipeline holds at most, and calls at once where they have
+/// to be written one by one.
+const WRITES_PER_PIPELINE: usize = 100;
+/// Bytes of documents that one pipeline holds at most, unless a single document
+/// has more: a pipeline gets no more time than one command.
+const BYTES_PER_PIPELINE: usize = 1 << 20;
+
+/// The bounds of an attempt in microseconds of the time of Redis, as arguments
+/// of the scripts.
+pub struct TimeBounds {
+    /// Not executed later than this.
+    pub deadline: Value,
+    /// When an attempt whose answer is missing was executed at the earliest;
+    /// empty if there is none.
+    pub lost_since: Value,
+}
+
+/// The arguments of `write.lua`.
+pub fn arguments(write: &Write, bounds: &TimeBounds) -> Vec<Value> {
+    let condition = match write.condition {
+        Condition::Any => "any".into(),
+        Condition::Absent => "absent".into(),
+        Condition::Version(version) => version.to_string().into(),
+    };
+    let (ttl, keep) = match write.expiry {
+        Expiry::After(ttl) => (ttl, ""),
+        Expiry::Keep { otherwise } => (otherwise, "1"),
+    };
+    vec![
+        Value::Bytes(write.head.up_to_version(&write.write_id)),
+        condition,
+        ttl.as_millis().to_string().into(),
+        keep.into(),
+        bounds.deadline.clone(),
+        write.write_id.as_str().into(),
+        bounds.lost_since.clone(),
+        write
+            .newer_than
+            .map_or("".into(), |version| version.to_string().into()),
+    ]
+}
+
+/// Cuts a batch into what is sent at once.
+pub fn pipelines(mut writes: &[Write]) -> Vec<&[Write]> {
+    let mut pipelines = Vec::new();
+    while !writes.is_empty() {
+        let mut bytes = 0;
+        let fitting = writes.iter().take(WRITES_PER_PIPELINE).take_while(|write| {
+            bytes += write.head.stored_bytes();
+            bytes <= BYTES_PER_PIPELINE
+        });
+        let (pipeline, rest) = writes.split_at(fitting.count().max(1));
+        pipelines.push(pipeline);
+        writes = rest;
+    }
+    pipelines
+}
+
+/// What `write.lua` replied.
+pub fn read_write_reply(key: &GroupKey, reply: &ScriptReply) -> Result<WriteOutcome, Fault> {
+    match reply.status.as_str() {
+        "written" => {
+            if let (Some(bytes), Some(sha1)) = (reply.integer(2), reply.text(3)) {
+                tracing::warn!(%key, bytes, sha1, "replaced an unreadable document");
+            }
+            Ok(WriteOutcome::Written(Written {
+                version: version(reply, 0)?,
+                expires: expiry(reply, 1),
+            }))
+        }
+        "conflict" => Ok(WriteOutcome::Conflict {
+            current: stored(key, reply),
+        }),
+        "unreadable" => Err(unreadable(key, reply.bytes(0))),
+        _ => Err(reply.fault()),
+    }
+}
+
+/// What `delete.lua` replied.
+pub fn read_delete_reply(key: &GroupKey, reply: &ScriptReply) -> Result<Deletion, Fault> {
+    let (deleted, version) = match reply.status.as_str() {
+        "deleted" => {
+            if let (Some(bytes), Some(sha1)) = (reply.integer(1), reply.text(2)) {
+                tracing::warn!(%key, bytes, sha1, "removed an unreadable document");
+            }
+            // None for the 0 of an unreadable document.
+            (true, reply.integer(0).and_then(Version::new))
+        }
+        "absent" => (false, None),
+        "conflict" => (false, Some(version(reply, 0)?)),
+        "unreadable" => return Err(unreadable(key, reply.bytes(0))),
+        _ => return Err(reply.fault()),
+    };
+    Ok(Deletion { deleted, version })
+}
+
+/// How long a delete has to wait for the clock of Redis to pass the version that
+/// it deletes; None if it has not.
+pub fn too_early_by(reply: &ScriptReply) -> Option<Duration> {
+    if reply.status != "early" {
+        return None;
+    }
+    let ahead = reply.integer(0)?.saturating_sub(reply.now);
+    Some(Duration::from_micros(ahead.try_into().unwrap_or(0) + 1))
+}
+
+/// What `read.lua` replied.
+pub fn read_read_reply(
+    key: &GroupKey,
+    reply: &ScriptReply,
+) -> Result<Option<StoredDocument>, Fault> {
+    match reply.status.as_str() {
+        "absent" => Ok(None),
+        "read" => Ok(stored(key, reply)),
+        _ => Err(reply.fault()),
+    }
+}
+
+/// A document and its expiry, if there is one.
+fn stored(key: &GroupKey, reply: &ScriptReply) -> Option<StoredDocument> {
+    Some(StoredDocument {
+        document: Document {
+            key: key.clone(),
+            json: reply.bytes(0)?,
+        },
+        expires: expiry(reply, 1),
+    })
+}
+
+fn version(reply: &ScriptReply, at: usize) -> Result<Version, Fault> {
+    reply.integer(at).and_then(Version::new).ok_or_else(|| {
+        let text = reply.text(at).unwrap_or_default();
+        Fault::Final(StoreError::VersionOutOfRange(text))
+    })
+}
+
+/// A reply holds milliseconds since 1970, or -1 for "never".
+fn expiry(reply: &ScriptReply, at: usize) -> Option<Expires> {
+    let millis = reply.integer(at).filter(|millis| *millis >= 0)?;
+    let left = millis.saturating_sub(reply.now / 1_000);
+    Some(Expires {
+        at: Time::from_millis(millis).ok()?,
+        left: Duration::from_millis(left.try_into().unwrap_or(0)),
+    })
+}
+
+/// The script could not tell the version; parsing says why.
+fn unreadable(key: &GroupKey, json: Option<Bytes>) -> Fault {
+    let document = Document {
+        key: key.clone(),
+        json: json.unwrap_or_default(),
+    };
+    let why = document
+        .parse()
+        .err()
+        .unwrap_or_else(|| Unreadable::new(&document.json, "Redis cannot parse it as JSON".into()));
+    Fault::Final(StoreError::Unreadable(why))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        document::DocumentHead,
+        group::{AlertGroup, GroupMetadata},
+    };
+
+    #[test]
+    fn a_batch_is_cut_by_number_and_by_bytes() {
+        let write = |name_bytes: usize| Write {
+            head: DocumentHead::new(&AlertGroup {
+                key: GroupKey::new("k".repeat(name_bytes)).unwrap(),
+                alerts: Default::default(),
+                metadata: GroupMetadata::default(),
+            }),
+            condition: Condition::Any,
+            expiry: Expiry::After(Duration::from_secs(1)),
+            write_id: String::new(),
+            newer_than: None,
+        };
+        let lengths = |writes: &[Write]| -> Vec<usize> {
+            pipelines(writes).into_iter().map(<[_]>::len).collect()
+        };
+        assert_eq!(lengths(&[]), [0; 0]);
+        assert_eq!(lengths(&vec![write(1); 250]), [100, 100, 50]);
+        assert_eq!(lengths(&vec![write(400_000); 5]), [2, 2, 1]);
+        assert_eq!(lengths(&[write(1), write(2_000_000), write(1)]), [1, 1, 1]);
+    }
+}
