@@ -36,5 +36,5 @@ LABEL org.opencontainers.image.title="groupstate" \
 COPY --from=build /src/target/release/groupstate /usr/local/bin/groupstate
 # The user `nonroot` by number, so that Kubernetes can tell that it is not root.
 USER 65532:65532
-EXPOSE 50051
+EXPOSE 50051 9090
 ENTRYPOINT ["/usr/local/bin/groupstate"]

@@ -5,7 +5,10 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use bytesize::ByteSize;
 use clap::Parser;
 
-use crate::{grpc::validation::MIN_TTL, store::redis::RedisSettings};
+use crate::{
+    grpc::validation::MIN_TTL,
+    store::{redis::RedisSettings, switch::OnRecovery},
+};
 
 /// Keeps the state of alert groups for the replicas of an alert-history
 /// service, in Redis or in memory, and serves it over gRPC.
@@ -23,6 +26,15 @@ pub struct Settings {
         default_value = "0.0.0.0:50051"
     )]
     pub grpc_addr: SocketAddr,
+
+    /// Address of the HTTP server with probes, health and metrics. Port 0 takes any free port.
+    #[arg(
+        long,
+        env = "GROUPSTATE_HTTP_ADDR",
+        value_name = "ADDRESS",
+        default_value = "0.0.0.0:9090"
+    )]
+    pub http_addr: SocketAddr,
 
     /// Where Redis is, as redis://[[user]:password@]host[:port][/database]. Without it, groups are
     /// kept in memory and do not survive a restart.
@@ -77,6 +89,22 @@ pub struct Settings {
     #[arg(long, env = "GROUPSTATE_MAX_TTL", value_name = "DURATION", default_value = "30d",
           value_parser = duration)]
     pub max_ttl: Duration,
+
+    /// Memory takes over when Redis has answered no PING for this long; 50ms to 1m. Less than
+    /// the stalls of a healthy Redis makes it flap.
+    #[arg(long, env = "GROUPSTATE_TRIP_AFTER", value_name = "DURATION", default_value = "500ms",
+          value_parser = trip_after)]
+    pub trip_after: Duration,
+
+    /// What becomes of groups that were written while Redis was down: discard drops and counts
+    /// them, reconcile carries them over to Redis.
+    #[arg(
+        long,
+        env = "GROUPSTATE_ON_RECOVERY",
+        value_name = "POLICY",
+        default_value = "discard"
+    )]
+    pub on_recovery: OnRecovery,
 
     /// Memory that groups may take in this process, keys and overhead included.
     #[arg(long, env = "GROUPSTATE_MIRROR_MAX_BYTES", value_name = "SIZE", default_value = "256MiB",
@@ -262,6 +290,14 @@ fn redis_timeout(text: &str) -> Result<Duration, String> {
     Ok(timeout)
 }
 
+fn trip_after(text: &str) -> Result<Duration, String> {
+    let trip_after = duration(text)?;
+    if !(Duration::from_millis(50)..=Duration::from_secs(60)).contains(&trip_after) {
+        return Err("must be from 50ms to 1m".into());
+    }
+    Ok(trip_after)
+}
+
 fn size(text: &str) -> Result<usize, String> {
     let size: ByteSize = text
         .parse()
@@ -324,6 +360,9 @@ mod tests {
             (&["--redis-timeout", "fast"][..], "--redis-timeout"),
             (&["--redis-timeout", "0s"], "--redis-timeout"),
             (&["--redis-timeout", "2m"], "--redis-timeout"),
+            (&["--trip-after", "0s"], "--trip-after"),
+            (&["--on-recovery", "hope"], "--on-recovery"),
+            (&["--http-addr", "9090"], "--http-addr"),
             (&["--max-ttl", "3651d"], "--max-ttl"),
             (&["--max-key-bytes", "5000"], "--max-key-bytes"),
             (&["--max-scans", "0"], "--max-scans"),

@@ -6,8 +6,9 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`config`] | every setting, its default, its check |
-//! | [`telemetry`] | logs |
+//! | [`telemetry`] | logs and metrics |
 //! | [`server`] | puts the parts together; start and graceful stop |
+//! | [`admin`] | the HTTP port: probes, health, metrics |
 //! | [`grpc`] | the protobuf surface |
 //! | [`store`] | the store contract, and the stores |
 //! | [`document`] | the JSON document of a group |
@@ -16,6 +17,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod admin;
 pub mod config;
 pub mod document;
 pub mod group;

@@ -23,6 +23,8 @@ async fn main() -> ExitCode {
         }
     };
     telemetry::init(settings.log_level, settings.log_format);
+    // Before anything happens that counts.
+    telemetry::metrics();
     match run(settings).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

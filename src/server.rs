@@ -2,11 +2,12 @@
 
 use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
-use tokio::{net::TcpListener, time::Instant};
+use tokio::{net::TcpListener, task::JoinSet, time::Instant};
 use tonic::transport::server::TcpIncoming;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
+    admin::{Admin, Phase},
     config::Settings,
     grpc::{
         self,
@@ -15,16 +16,28 @@ use crate::{
         service::Service,
         validation::Limits,
     },
-    store::{GroupStore, documents::Documents, memory::MemoryStore, redis::RedisStore},
-    version::{InstanceId, WriteIds},
+    store::{
+        GroupStore,
+        documents::Documents,
+        failover::{Failover, FailoverSettings},
+        memory::MemoryStore,
+        redis::RedisStore,
+        switch::Switch,
+    },
+    version::InstanceId,
 };
 
-/// A server that has its port and waits to serve.
+/// A server that has its ports and waits to serve gRPC. HTTP is served already.
 pub struct Server {
     settings: Settings,
-    listener: TcpListener,
+    grpc: TcpListener,
     store: Arc<dyn GroupStore>,
+    /// None without Redis.
+    failover: Option<Failover>,
+    admin: Arc<Admin>,
     instance: InstanceId,
+    /// Serves HTTP, as long as this value lives.
+    _http: JoinSet<()>,
 }
 
 /// How to stop.
@@ -39,8 +52,12 @@ pub enum Stop {
 /// Why a server could not start or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    #[error("--grpc-addr {addr}: {error}")]
-    Bind { addr: SocketAddr, error: io::Error },
+    #[error("{setting} {addr}: {error}")]
+    Bind {
+        setting: &'static str,
+        addr: SocketAddr,
+        error: io::Error,
+    },
     #[error("{0}")]
     Redis(String),
     #[error("the gRPC server failed: {0}")]
@@ -53,8 +70,14 @@ pub enum ServerError {
 /// the server as a whole.
 const HEALTH_NAMES: [&str; 2] = ["", SERVICE_NAME];
 
+/// Its health follows the switch between Redis and memory.
+const REDIS_HEALTH_NAME: &str = "redis";
+
 /// How long the start waits for Redis before it serves without.
 const REDIS_START_BOUND: Duration = Duration::from_secs(1);
+
+/// The time to carry over what memory still holds, at the end.
+const LAST_TRY: Duration = Duration::from_secs(5);
 
 /// The time that replies get to leave after the last call.
 const LAST_REPLIES: Duration = Duration::from_millis(500);
@@ -65,62 +88,92 @@ const HTTP2_KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 // === impl Server ===
 
 impl Server {
-    /// Takes the port and starts the store that the settings ask for.
+    /// Takes the ports and starts the store that the settings ask for. Waits a
+    /// moment for Redis, but does not insist on it.
     pub async fn bind(settings: Settings) -> Result<Self, ServerError> {
         let instance = InstanceId::random();
-        let write_ids = Arc::new(WriteIds::new(instance.clone()));
-        let store: Arc<dyn GroupStore> = match settings.redis().map_err(ServerError::Redis)? {
-            Some(redis) => {
-                let store = RedisStore::open(
-                    &redis,
-                    &settings.key_prefix,
-                    settings.max_document_bytes,
-                    write_ids,
-                )
-                .map_err(|error| ServerError::Redis(error.to_string()))?;
-                store.wait(Instant::now() + REDIS_START_BOUND).await;
-                Arc::new(Documents::new(store, settings.max_document_bytes))
-            }
-            None => {
-                tracing::info!(
-                    "no --redis-url: groups are kept in memory and do not survive a restart"
-                );
-                let store =
-                    MemoryStore::new(settings.mirror_max_bytes, instance.clone(), write_ids);
-                tokio::spawn(store.clone().sweep_forever());
-                Arc::new(Documents::new(store, settings.max_document_bytes))
-            }
+        let max_bytes = settings.mirror_max_bytes;
+        let max_document_bytes = settings.max_document_bytes;
+        let Some(redis) = settings.redis().map_err(ServerError::Redis)? else {
+            tracing::info!(
+                "no --redis-url: groups are kept in memory and do not survive a restart"
+            );
+            let memory = MemoryStore::new(max_bytes, instance.clone());
+            tokio::spawn(memory.clone().sweep_forever());
+            let store = Documents::new(memory.clone(), max_document_bytes, instance.clone());
+            let admin = Admin::of_memory(memory, &instance);
+            return Self::listen(settings, Arc::new(store), None, admin, instance).await;
         };
-        Self::with_store(settings, store, instance).await
+        let redis = RedisStore::open(&redis, &settings.key_prefix, max_document_bytes)
+            .map_err(|error| ServerError::Redis(error.to_string()))?;
+        let failover = Failover::open(
+            redis,
+            FailoverSettings {
+                trip_after: settings.trip_after,
+                on_recovery: settings.on_recovery,
+                mirror_max_bytes: max_bytes,
+            },
+            instance.clone(),
+        );
+        let store = Documents::new(failover.clone(), max_document_bytes, instance.clone());
+        let admin = Admin::of_failover(failover.clone(), &instance);
+        let server = Self::listen(
+            settings,
+            Arc::new(store),
+            Some(failover.clone()),
+            admin,
+            instance,
+        )
+        .await?;
+        failover.started(Instant::now() + REDIS_START_BOUND).await;
+        Ok(server)
     }
 
-    /// Takes the port and serves any store.
+    /// Takes the ports and serves any store.
     pub async fn with_store(
         settings: Settings,
         store: Arc<dyn GroupStore>,
         instance: InstanceId,
     ) -> Result<Self, ServerError> {
-        let addr = settings.grpc_addr;
-        let listener = TcpListener::bind(addr)
-            .await
-            .map_err(|error| ServerError::Bind { addr, error })?;
+        // Holds nothing; what the store holds it does not show.
+        let memory = MemoryStore::new(settings.mirror_max_bytes, instance.clone());
+        let admin = Admin::of_memory(memory, &instance);
+        Self::listen(settings, store, None, admin, instance).await
+    }
+
+    async fn listen(
+        settings: Settings,
+        store: Arc<dyn GroupStore>,
+        failover: Option<Failover>,
+        admin: Admin,
+        instance: InstanceId,
+    ) -> Result<Self, ServerError> {
+        let grpc = listen("--grpc-addr", settings.grpc_addr).await?;
+        let http = listen("--http-addr", settings.http_addr).await?;
+        tracing::info!(addr = %http.local_addr()?, "serving HTTP");
+        let admin = Arc::new(admin);
+        let mut serving_http = JoinSet::new();
+        serving_http.spawn(admin.clone().serve(http));
         Ok(Self {
             settings,
-            listener,
+            grpc,
             store,
+            failover,
+            admin,
             instance,
+            _http: serving_http,
         })
     }
 
     /// The address that the gRPC server listens on.
     pub fn grpc_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
+        self.grpc.local_addr()
     }
 
     /// Serves until `stop`, then stops gracefully.
     pub async fn serve(self, stop: impl Future<Output = Stop> + Send) -> Result<(), ServerError> {
         let settings = self.settings;
-        let addr = self.listener.local_addr()?;
+        let addr = self.grpc.local_addr()?;
         let limits = Limits {
             max_key_bytes: settings.max_key_bytes,
             max_alerts_per_group: settings.max_alerts_per_group,
@@ -136,6 +189,11 @@ impl Server {
         .max_decoding_message_size(settings.max_request_bytes);
         let (health, health_service) = tonic_health::server::health_reporter();
         set_health(&health, ServingStatus::Serving).await;
+        let mut follow = JoinSet::new();
+        if let Some(failover) = &self.failover {
+            follow.spawn(follow_switch(health.clone(), failover.switch().clone()));
+        }
+        self.admin.set_phase(Phase::Serving);
 
         let backend = self.store.backend().name();
         let envelope =
@@ -153,7 +211,7 @@ impl Server {
             .add_service(reflection().build_v1alpha().map_err(io::Error::other)?);
 
         let (finish, finished) = tokio::sync::oneshot::channel::<()>();
-        let incoming = TcpIncoming::from(self.listener).with_nodelay(Some(true));
+        let incoming = TcpIncoming::from(self.grpc).with_nodelay(Some(true));
         let serve = router.serve_with_incoming_shutdown(incoming, async {
             // An error means that `finish` was dropped, which ends it as well.
             let _ = finished.await;
@@ -166,6 +224,7 @@ impl Server {
             result = &mut serve => return Ok(result?),
             stop = stop => stop,
         };
+        self.admin.set_phase(Phase::Stopping);
         set_health(&health, ServingStatus::NotServing).await;
         if stop == Stop::AfterDelay {
             let delay = settings.shutdown_delay;
@@ -177,7 +236,8 @@ impl Server {
         }
         // A Watch stream ends only when its status is forgotten; it would hold
         // up the stop otherwise.
-        for name in HEALTH_NAMES {
+        follow.shutdown().await;
+        for name in HEALTH_NAMES.into_iter().chain([REDIS_HEALTH_NAME]) {
             health.clone().clear_service_status(name).await;
         }
         // Nobody listens if the server has ended by itself.
@@ -197,8 +257,50 @@ impl Server {
                 tracing::warn!(calls, "stopping: calls were cut off after --shutdown-timeout");
             }
         }
-        tracing::info!("stopped");
+        let unsaved = match &self.failover {
+            Some(failover) => {
+                let deadline = Instant::now() + LAST_TRY;
+                failover.recovery().last_try(deadline).await
+            }
+            None => 0,
+        };
+        if unsaved > 0 {
+            tracing::warn!(
+                unsaved,
+                "stopped; groups that were written while Redis was down are lost"
+            );
+        } else {
+            tracing::info!(unsaved, "stopped");
+        }
         Ok(())
+    }
+}
+
+async fn listen(setting: &'static str, addr: SocketAddr) -> Result<TcpListener, ServerError> {
+    let bound = TcpListener::bind(addr).await;
+    bound.map_err(|error| ServerError::Bind {
+        setting,
+        addr,
+        error,
+    })
+}
+
+/// Shows in the health of `redis` whether Redis answers.
+async fn follow_switch(health: HealthReporter, switch: Arc<Switch>) {
+    let mut status = switch.subscribe();
+    loop {
+        let closed = status.borrow_and_update().closed;
+        let serving = if closed {
+            ServingStatus::Serving
+        } else {
+            ServingStatus::NotServing
+        };
+        health.set_service_status(REDIS_HEALTH_NAME, serving).await;
+        // Watchers are told of every status that is set, also of the same.
+        let turned = status.wait_for(|status| status.closed != closed).await;
+        if turned.is_err() {
+            return;
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use prost_types::Timestamp;
 use super::proto as pb;
 use crate::{
     group::{Alert, AlertGroup, AlertStatus, GroupState, Time, TimerMetadata},
-    store::Backend,
+    store::{Backend, Expires},
     version::Version,
 };
 
@@ -23,6 +23,10 @@ pub fn timestamp(time: Time) -> Timestamp {
         // Less than 10^9.
         nanos: time.nanos() as i32,
     }
+}
+
+pub fn expire_time(expires: Option<Expires>) -> Option<Timestamp> {
+    expires.map(|expires| timestamp(expires.at))
 }
 
 /// Zero stands for "none".

@@ -88,7 +88,7 @@ impl Service {
         let answer = self.store.store(&group, expiry, deadline).await?;
         Ok(pb::StoreResponse {
             version: answer.value.version.get(),
-            expire_time: answer.value.expires_at.map(convert::timestamp),
+            expire_time: convert::expire_time(answer.value.expires),
             backend: convert::backend(answer.backend),
         })
     }
@@ -107,12 +107,12 @@ impl Service {
             .store
             .load(&key, request.include_expire_time, deadline)
             .await?;
-        let Some(Stored { group, expires_at }) = answer.value else {
+        let Some(Stored { group, expires }) = answer.value else {
             return Err(CallError::not_found(answer.backend));
         };
         Ok(pb::LoadResponse {
             group: Some(convert::group(group)),
-            expire_time: expires_at.map(convert::timestamp),
+            expire_time: convert::expire_time(expires),
             backend: convert::backend(answer.backend),
         })
     }
@@ -156,14 +156,11 @@ impl Service {
             .await?;
         let backend = convert::backend(answer.backend);
         Ok(match answer.value {
-            Swap::Swapped(Written {
-                version,
-                expires_at,
-            }) => pb::CompareAndSwapResponse {
+            Swap::Swapped(Written { version, expires }) => pb::CompareAndSwapResponse {
                 swapped: true,
                 version: version.get(),
                 current: None,
-                expire_time: expires_at.map(convert::timestamp),
+                expire_time: convert::expire_time(expires),
                 backend,
             },
             Swap::Lost { current } => pb::CompareAndSwapResponse {

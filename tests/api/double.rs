@@ -157,9 +157,15 @@ pub struct InProcess {
 impl InProcess {
     /// Serves a store with these settings.
     pub async fn serve(store: Arc<dyn GroupStore>, arguments: &[&str]) -> Self {
-        let arguments = ["groupstate", "--grpc-addr", "127.0.0.1:0"]
-            .iter()
-            .chain(arguments);
+        let arguments = [
+            "groupstate",
+            "--grpc-addr",
+            "127.0.0.1:0",
+            "--http-addr",
+            "127.0.0.1:0",
+        ]
+        .iter()
+        .chain(arguments);
         let settings = Settings::read(arguments).unwrap();
         let server = Server::with_store(settings, store, InstanceId::random())
             .await

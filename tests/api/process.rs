@@ -162,6 +162,9 @@ async fn calls_in_flight_may_finish_and_are_cut_off_after_the_shutdown_timeout()
             &redis.url(),
             "--redis-timeout",
             "2s",
+            // The call has to wait for Redis; memory must not answer it.
+            "--trip-after",
+            "10s",
             flag,
             timeout,
         ];

@@ -1,11 +1,10 @@
 //! Every status that needs Redis.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use groupstate::grpc::proto as pb;
 use redis::AsyncCommands;
-use tonic::{Code, Request, Status};
-use tonic_types::StatusExt;
+use tonic::{Code, Status};
 
 use crate::{
     assert_status,
@@ -207,160 +206,6 @@ async fn a_listing_whose_redis_was_restarted_is_aborted() {
         .await
         .unwrap_err();
     assert_status(&status, Code::Aborted, "LISTING_RESTARTED");
-}
-
-#[tokio::test]
-async fn without_redis_nothing_can_answer_and_it_comes_back_by_itself() {
-    let (mut redis, _service, mut client) = redis_service().await;
-    client.store(store_request(group("k"))).await.unwrap();
-    redis.kill();
-    for (_, status) in statuses(&mut client, "k", 7).await {
-        let status = status.unwrap();
-        // The first call may have been under way when Redis died.
-        if status.code() == Code::Aborted {
-            assert_status(&status, Code::Aborted, "OUTCOME_UNKNOWN");
-        } else {
-            assert_status(&status, Code::Unavailable, "UNAVAILABLE");
-            assert!(status.get_details_retry_info().is_some());
-        }
-    }
-    let status = client.size(pb::SizeRequest::default()).await.unwrap_err();
-    assert_status(&status, Code::Unavailable, "UNAVAILABLE");
-
-    redis.restart().await;
-    crate::common::wait_until("Redis is used again", Duration::from_secs(2), || async {
-        client
-            .clone()
-            .store(store_request(group("k")))
-            .await
-            .is_ok()
-    })
-    .await;
-}
-
-#[tokio::test]
-async fn a_service_that_starts_before_redis_serves_as_soon_as_redis_is_there() {
-    let mut redis = RedisServer::start().await;
-    let url = redis.url();
-    redis.kill();
-    let service = Service::start(&["--redis-url", &url]);
-    let mut client = service.client().await;
-    let status = client.load(load_request("k")).await.unwrap_err();
-    assert_status(&status, Code::Unavailable, "UNAVAILABLE");
-    redis.restart().await;
-    crate::common::wait_until("Redis is used", Duration::from_secs(2), || async {
-        client
-            .clone()
-            .store(store_request(group("k")))
-            .await
-            .is_ok()
-    })
-    .await;
-}
-
-#[tokio::test]
-async fn a_hung_redis_does_not_hold_a_call_beyond_its_deadline() {
-    let (redis, _service, mut client) = redis_service().await;
-    client.store(store_request(group("k"))).await.unwrap();
-    redis.process().signal("STOP");
-    for (timeout, bound) in [(Some("100m"), 200), (Some("400m"), 500), (None, 1_200)] {
-        let mut request = Request::new(load_request("k"));
-        if let Some(timeout) = timeout {
-            request
-                .metadata_mut()
-                .insert("grpc-timeout", timeout.parse().unwrap());
-        }
-        let begin = Instant::now();
-        let status = client.load(request).await.unwrap_err();
-        let waited = begin.elapsed();
-        assert!(
-            waited < Duration::from_millis(bound),
-            "{timeout:?}: {waited:?}"
-        );
-        let expected = [Code::DeadlineExceeded, Code::Unavailable];
-        assert!(expected.contains(&status.code()), "{status:?}");
-    }
-    redis.process().signal("CONT");
-    crate::common::wait_until("Redis answers", Duration::from_secs(2), || async {
-        client.clone().load(load_request("k")).await.is_ok()
-    })
-    .await;
-}
-
-/// A write that timed out against a stopped Redis must not be executed when it
-/// wakes up: by then another writer may have been told of success.
-#[tokio::test]
-async fn a_redis_that_wakes_up_does_not_replay_old_writes() {
-    let (redis, _service, mut client) = redis_service().await;
-    let before = client
-        .store(store_request(group("k")))
-        .await
-        .unwrap()
-        .into_inner();
-    redis.process().signal("STOP");
-    let mut ghost = group("k");
-    ghost.alerts.get_mut("f").unwrap().alert_name = "ghost".into();
-    let status = client.store(store_request(ghost)).await.unwrap_err();
-    assert_status(&status, Code::Aborted, "OUTCOME_UNKNOWN");
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    redis.process().signal("CONT");
-    // Everything that waited in the sockets is executed or refused by now.
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let read = client
-        .load(load_request("k"))
-        .await
-        .unwrap()
-        .into_inner()
-        .group
-        .unwrap();
-    assert_eq!(read.metadata.unwrap().version, before.version);
-    assert_eq!(read.alerts["f"].alert_name, "");
-}
-
-#[tokio::test]
-async fn a_redis_that_refuses_writes_is_unavailable_and_tells_why() {
-    let (redis, _service, mut client) = redis_service().await;
-    let mut connection = redis.connect().await;
-    let config =
-        async |connection: &mut redis::aio::MultiplexedConnection, name: &str, value: &str| {
-            let mut command = redis::cmd("CONFIG");
-            let command = command.arg("SET").arg(name).arg(value);
-            let () = command.query_async(connection).await.unwrap();
-        };
-    config(&mut connection, "maxmemory", "1").await;
-    let status = client.store(store_request(group("k"))).await.unwrap_err();
-    assert_status(&status, Code::Unavailable, "UNAVAILABLE");
-    assert!(status.message().contains("OOM"), "{}", status.message());
-    config(&mut connection, "maxmemory", "0").await;
-    client.store(store_request(group("k"))).await.unwrap();
-
-    let mut replica_of = redis::cmd("REPLICAOF");
-    let () = replica_of
-        .arg("127.0.0.1")
-        .arg(1)
-        .query_async(&mut connection)
-        .await
-        .unwrap();
-    let status = client.store(store_request(group("k"))).await.unwrap_err();
-    assert_status(&status, Code::Unavailable, "UNAVAILABLE");
-    assert!(
-        status.message().contains("READONLY"),
-        "{}",
-        status.message()
-    );
-}
-
-#[tokio::test]
-async fn a_wrong_password_is_said_plainly_and_never_printed() {
-    let redis = RedisServer::start_with(&["--requirepass", "right"]).await;
-    let url = format!("redis://:wr0ngpass@{}", redis.addr());
-    let service = Service::start(&["--redis-url", &url, "--log-level", "trace"]);
-    service.wait_for_log("WRONGPASS", Duration::from_secs(2));
-    let mut client = service.client().await;
-    let status = client.load(load_request("k")).await.unwrap_err();
-    assert_status(&status, Code::Unavailable, "UNAVAILABLE");
-    assert!(service.log().iter().all(|line| !line.contains("wr0ngpass")));
-    assert!(!format!("{status:?}").contains("wr0ngpass"));
 }
 
 #[tokio::test]

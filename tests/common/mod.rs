@@ -3,6 +3,9 @@
 
 #![allow(dead_code, reason = "each test binary uses some of the helpers")]
 
+pub mod fault_proxy;
+pub mod http;
+pub mod lossy_proxy;
 pub mod proxy;
 pub mod redis_server;
 pub mod service;

@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -76,9 +77,21 @@ impl RedisServer {
 
     /// Starts it again on the same port, if need be after ending it.
     pub async fn restart(&mut self) {
-        self.process.kill();
-        self.process = spawn(self.addr, &self.arguments, &self.folder);
+        self.launch_again(&[]);
         assert!(self.is_up().await, "redis-server does not start again");
+    }
+
+    /// The same with further settings, and without waiting until it answers.
+    pub fn launch_again(&mut self, arguments: &[&str]) {
+        self.process.kill();
+        let arguments = arguments.iter().map(ToString::to_string);
+        let arguments: Vec<String> = self.arguments.iter().cloned().chain(arguments).collect();
+        self.process = spawn(self.addr, &arguments, &self.folder);
+    }
+
+    /// Where it keeps its files.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     /// Waits until it answers; false if it ended instead.

@@ -10,7 +10,7 @@ use std::{
 use groupstate::grpc::proto::group_state_service_client::GroupStateServiceClient;
 use tonic::transport::{Channel, Endpoint};
 
-use super::Process;
+use super::{Process, http};
 
 pub type Client = GroupStateServiceClient<Channel>;
 
@@ -18,6 +18,7 @@ pub type Client = GroupStateServiceClient<Channel>;
 pub struct Service {
     process: Process,
     addr: String,
+    http_addr: String,
     log: Arc<Mutex<Vec<String>>>,
 }
 
@@ -31,7 +32,8 @@ impl Service {
     pub fn start_on(addr: &str, arguments: &[&str]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_groupstate"));
         command
-            .args(["--grpc-addr", addr, "--log-format", "json"])
+            .args(["--grpc-addr", addr, "--http-addr", "127.0.0.1:0"])
+            .args(["--log-format", "json"])
             .args(arguments)
             .env_clear()
             .stdin(Stdio::null())
@@ -49,12 +51,19 @@ impl Service {
         let mut service = Self {
             process,
             addr: String::new(),
+            http_addr: String::new(),
             log,
         };
-        let serving = service.wait_for_log("serving gRPC", Duration::from_secs(20));
-        let event: serde_json::Value = serde_json::from_str(&serving).unwrap();
-        service.addr = event["addr"].as_str().unwrap().to_owned();
+        service.addr = service.wait_for_addr("serving gRPC");
+        service.http_addr = service.wait_for_addr("serving HTTP");
         service
+    }
+
+    /// The address in the log line that says so.
+    fn wait_for_addr(&self, line: &str) -> String {
+        let serving = self.wait_for_log(line, Duration::from_secs(20));
+        let event: serde_json::Value = serde_json::from_str(&serving).unwrap();
+        event["addr"].as_str().unwrap().to_owned()
     }
 
     /// `host:port` of the gRPC server.
@@ -62,8 +71,36 @@ impl Service {
         &self.addr
     }
 
+    /// `host:port` of the HTTP server.
+    pub fn http_addr(&self) -> &str {
+        &self.http_addr
+    }
+
+    /// What `/health` says.
+    pub async fn health(&self) -> serde_json::Value {
+        let reply = http::get(&self.http_addr, "/health", Duration::from_secs(2)).await;
+        serde_json::from_str(&reply.unwrap().body).unwrap()
+    }
+
+    /// The value of a metric without labels.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let reply = http::get(&self.http_addr, "/metrics", Duration::from_secs(2)).await;
+        let body = reply.unwrap().body;
+        let name = format!("alert_history_business_grouping_{name}");
+        let mut lines = body.lines().filter_map(|line| line.split_once(' '));
+        let (_, value) = lines
+            .find(|(series, _)| *series == name)
+            .unwrap_or_else(|| panic!("no {name} in {body}"));
+        value.parse().unwrap()
+    }
+
     pub fn process(&self) -> &Process {
         &self.process
+    }
+
+    /// Whether the process is still there.
+    pub fn is_running(&mut self) -> bool {
+        self.process.child.try_wait().unwrap().is_none()
     }
 
     pub fn kill(&mut self) {

@@ -118,7 +118,7 @@ async fn a_store_whose_reply_is_lost_is_recognised_by_its_write_id() {
         Some(written.version),
         "not written twice"
     );
-    assert!(written.expires_at.is_some());
+    assert!(written.expires.is_some());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -318,4 +318,21 @@ async fn a_batch_whose_replies_are_lost_is_recognised_or_unknown() {
         }
     }
     assert!(recognised > 0);
+}
+
+/// A middlebox may end a connection whose last request still arrives. Its repeat
+/// must not be executed, and answered, before that: others write in between, and
+/// the request would overwrite them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_outlives_its_connection_does_not_overwrite_a_later_writer() {
+    let scene = Scene::new().await;
+    put(&scene.other, &group("k", &["first"])).await;
+    // The call has to be surely later, by what is known of the clock of Redis.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    scene.proxy.detach_next_request();
+    put(&scene.store, &group("k", &["mine"])).await;
+    put(&scene.other, &group("k", &["theirs"])).await;
+    tokio::time::sleep(2 * Proxy::DETOUR).await;
+    let read = get(&scene.other, "k").await.unwrap();
+    assert!(read.alerts.contains_key("theirs"), "{read:?}");
 }

@@ -19,10 +19,12 @@ use groupstate::{
     store::{
         GroupStore,
         documents::Documents,
+        failover::{Failover, FailoverSettings},
         memory::MemoryStore,
         redis::{RedisSettings, RedisStore},
+        switch::OnRecovery,
     },
-    version::{InstanceId, WriteIds},
+    version::InstanceId,
 };
 use tokio::time::Instant;
 
@@ -31,10 +33,12 @@ const MAX_DOCUMENT_BYTES: usize = 1 << 20;
 /// A memory store of 256 MiB.
 async fn memory_store() -> (Arc<dyn GroupStore>, ()) {
     let instance = InstanceId::random();
-    let write_ids = Arc::new(WriteIds::new(instance.clone()));
-    let store = MemoryStore::new(256 << 20, instance, write_ids);
+    let store = MemoryStore::new(256 << 20, instance.clone());
     tokio::spawn(store.clone().sweep_forever());
-    (Arc::new(Documents::new(store, MAX_DOCUMENT_BYTES)), ())
+    (
+        Arc::new(Documents::new(store, MAX_DOCUMENT_BYTES, instance)),
+        (),
+    )
 }
 
 /// A Redis store on a Redis of its own.
@@ -46,13 +50,39 @@ async fn redis_store() -> (Arc<dyn GroupStore>, RedisServer) {
     )
 }
 
+/// Redis with memory behind it, while Redis answers.
+async fn failover_store() -> (Arc<dyn GroupStore>, RedisServer) {
+    let server = RedisServer::start().await;
+    let settings = RedisSettings::new(&server.url(), 2, Duration::from_millis(250)).unwrap();
+    let redis = RedisStore::open(&settings, "group:", MAX_DOCUMENT_BYTES).unwrap();
+    let instance = InstanceId::random();
+    let failover = Failover::open(
+        redis,
+        FailoverSettings {
+            trip_after: Duration::from_millis(500),
+            on_recovery: OnRecovery::Reconcile,
+            mirror_max_bytes: 256 << 20,
+        },
+        instance.clone(),
+    );
+    let bound = Instant::now() + Duration::from_secs(5);
+    assert!(failover.started(bound).await);
+    (
+        Arc::new(Documents::new(failover, MAX_DOCUMENT_BYTES, instance)),
+        server,
+    )
+}
+
 /// A store on the Redis at `url`. Each is an instance of its own.
 async fn store_at(url: &str, timeout: Duration) -> Arc<dyn GroupStore> {
     let settings = RedisSettings::new(url, 2, timeout).unwrap();
-    let write_ids = Arc::new(WriteIds::new(InstanceId::random()));
-    let store = RedisStore::open(&settings, "group:", MAX_DOCUMENT_BYTES, write_ids).unwrap();
+    let store = RedisStore::open(&settings, "group:", MAX_DOCUMENT_BYTES).unwrap();
     assert!(store.wait(Instant::now() + Duration::from_secs(5)).await);
-    Arc::new(Documents::new(store, MAX_DOCUMENT_BYTES))
+    Arc::new(Documents::new(
+        store,
+        MAX_DOCUMENT_BYTES,
+        InstanceId::random(),
+    ))
 }
 
 /// Runs the whole suite against each of some stores.
@@ -96,4 +126,4 @@ macro_rules! every_store_keeps_the_contract {
     )*};
 }
 
-every_store_keeps_the_contract!(memory_store, redis_store);
+every_store_keeps_the_contract!(memory_store, redis_store, failover_store);

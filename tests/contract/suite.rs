@@ -200,10 +200,10 @@ pub async fn a_group_expires(store: Store) {
     let written = store
         .store(&group("k", &["a"]), short, Deadline::NONE)
         .await;
-    let expires_at = written.unwrap().value.expires_at.unwrap();
+    let expires_at = written.unwrap().value.expires.unwrap().at;
     assert!((begin + 300..begin + 600).contains(&expires_at.millis()));
     let stored = store.load(&key("k"), true, Deadline::NONE).await.unwrap();
-    let told = stored.value.unwrap().expires_at.unwrap();
+    let told = stored.value.unwrap().expires.unwrap().at;
     assert!(told.millis().abs_diff(expires_at.millis()) <= 2);
 
     tokio::time::sleep(Duration::from_millis(350)).await;
@@ -234,7 +234,7 @@ pub async fn keep_ttl_keeps_what_is_left(store: Store) {
         panic!("lost");
     };
     for written in [second, third] {
-        let difference = written.expires_at.unwrap().millis() - first.expires_at.unwrap().millis();
+        let difference = written.expires.unwrap().at.millis() - first.expires.unwrap().at.millis();
         assert!(difference.abs() <= 5, "{difference} ms");
     }
 }
@@ -245,7 +245,7 @@ pub async fn keep_ttl_of_a_new_group_is_the_default(store: Store) {
     };
     let begin = Time::now().millis();
     let written = store.store(&group("k", &["a"]), keep, Deadline::NONE).await;
-    let left = written.unwrap().value.expires_at.unwrap().millis() - begin;
+    let left = written.unwrap().value.expires.unwrap().at.millis() - begin;
     assert!((100_000..101_000).contains(&left), "{left} ms");
 }
 

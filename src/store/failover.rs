@@ -1,0 +1,602 @@
+//! Redis with memory behind it, as one store.
+//!
+//! Redis answers as long as the switch is closed. A call that Redis fails, or
+//! that waits for Redis when the switch opens, is answered from memory, and so
+//! are all calls after it until Redis is well again.
+//!
+//! What memory must not do is to answer a write that Redis may still execute:
+//! such a call waits until the last attempt has passed its deadline in Redis,
+//! at most `--redis-timeout`. Reads are answered at once.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use futures::{StreamExt, future::join_all};
+use tokio::time::Instant;
+
+use super::{
+    Backend, Deadline, Deletion, Failure, KeyPage, Reply, StoreError,
+    documents::{DocumentStore, ReadAll, StoredDocument, Write, WriteOutcome},
+    memory::{MemoryStore, Refused, Shown, Ticket},
+    recovery::Recovery,
+    redis::{Cause, NotDone, RedisStore, Trail, pipelines},
+    switch::{OnRecovery, Switch},
+};
+use crate::{
+    group::GroupKey,
+    version::{InstanceId, Version},
+};
+
+/// Keeps documents in Redis, and in memory while Redis cannot. Cheap to clone.
+#[derive(Clone)]
+pub struct Failover {
+    redis: RedisStore,
+    memory: MemoryStore,
+    switch: Arc<Switch>,
+    recovery: Arc<Recovery>,
+}
+
+/// How the failover is set up.
+#[derive(Clone, Copy, Debug)]
+pub struct FailoverSettings {
+    /// Redis counts as down when it answers no PING for this long.
+    pub trip_after: Duration,
+    pub on_recovery: OnRecovery,
+    /// Bytes that the mirror may hold.
+    pub mirror_max_bytes: usize,
+}
+
+/// Redis's turn to answer a call.
+#[derive(Clone, Copy, Debug)]
+struct RedisTurn {
+    period: u64,
+    ticket: Ticket,
+}
+
+/// Why Redis did not answer a call.
+enum Diverted {
+    /// It did, with an error.
+    Answered(Failure),
+    /// It had too little time, by the caller's own deadline.
+    ShortOfTime(Failure),
+    /// It cannot; memory can.
+    ToMemory,
+}
+
+/// The time a call has.
+#[derive(Clone, Copy, Debug)]
+struct CallTime {
+    deadline: Deadline,
+    /// When the call is answered in any case.
+    end: Instant,
+    turns: u32,
+    /// Whether it had to wait before Redis could be asked.
+    was_held_up: bool,
+}
+
+// === impl Failover ===
+
+impl Failover {
+    /// What has been written while Redis was down has to be in Redis before a
+    /// listing of Redis is of use; it waits for that this long.
+    const LISTING_WAIT: Duration = Duration::from_secs(4);
+    const LISTING_POLL: Duration = Duration::from_millis(10);
+    /// Longer than it takes from memory's stepping back until all know of it.
+    const SWITCHING: Duration = Duration::from_millis(1);
+
+    /// Starts to watch over Redis. Until it answers, memory does.
+    pub fn open(redis: RedisStore, settings: FailoverSettings, instance: InstanceId) -> Self {
+        let memory = MemoryStore::mirror(settings.mirror_max_bytes, instance.clone());
+        tokio::spawn(memory.clone().sweep_forever());
+        let switch = Arc::new(Switch::new(memory.clone(), settings.on_recovery));
+        let recovery = Recovery::start(
+            redis.clone(),
+            memory.clone(),
+            switch.clone(),
+            settings.trip_after,
+            &instance,
+        );
+        Self {
+            redis,
+            memory,
+            switch,
+            recovery,
+        }
+    }
+
+    /// Waits until Redis answers, at most until `deadline`. False if it does not;
+    /// the log says so then.
+    pub async fn started(&self, deadline: Instant) -> bool {
+        let mut status = self.switch.subscribe();
+        let closed = status.wait_for(|status| status.closed);
+        if matches!(tokio::time::timeout_at(deadline, closed).await, Ok(Ok(_))) {
+            return true;
+        }
+        self.switch.give_up_start(&self.redis.why_not_connected());
+        false
+    }
+
+    pub fn switch(&self) -> &Arc<Switch> {
+        &self.switch
+    }
+
+    pub fn memory(&self) -> &MemoryStore {
+        &self.memory
+    }
+
+    pub fn recovery(&self) -> &Arc<Recovery> {
+        &self.recovery
+    }
+
+    /// Whose turn it is to answer a call on `keys`: Redis's, once it knows of all
+    /// changes to them, or memory's (None).
+    async fn turn<'a>(
+        &self,
+        keys: impl Iterator<Item = &'a GroupKey>,
+        time: &mut CallTime,
+    ) -> Result<Option<RedisTurn>, Failure> {
+        time.take_turn()?;
+        let Some(period) = self.switch.redis_period() else {
+            return Ok(None);
+        };
+        let pending: Vec<_> = keys.filter(|key| self.memory.is_pending(key)).collect();
+        if !pending.is_empty() {
+            let carry = join_all(
+                pending
+                    .into_iter()
+                    .map(|key| self.recovery.bring_back().carry(key)),
+            );
+            let carried = async {
+                let results = tokio::time::timeout_at(time.end, carry).await;
+                let results = results.map_err(|_| NotDone {
+                    error: StoreError::DeadlineExceeded,
+                    cause: Cause::ShortOfTime,
+                })?;
+                results.into_iter().collect::<Result<(), _>>()
+            };
+            match self.ask(period, time, carried).await {
+                Ok(()) => time.was_held_up = true,
+                Err(Diverted::Answered(failure) | Diverted::ShortOfTime(failure)) => {
+                    return Err(failure);
+                }
+                Err(Diverted::ToMemory) => return Ok(None),
+            }
+        }
+        Ok(Some(RedisTurn {
+            period,
+            ticket: self.memory.ticket(),
+        }))
+    }
+
+    /// Awaits an answer of Redis for as long as it is Redis's turn.
+    async fn ask<T>(
+        &self,
+        period: u64,
+        time: &CallTime,
+        call: impl Future<Output = Result<T, NotDone>>,
+    ) -> Result<T, Diverted> {
+        tokio::select! {
+            biased;
+            result = call => result.map_err(|failed| self.divert(period, time, failed)),
+            () = self.switch.leaves(period) => Err(Diverted::ToMemory),
+        }
+    }
+
+    /// What a failed call means for its caller, and for the switch.
+    fn divert(&self, period: u64, time: &CallTime, failed: NotDone) -> Diverted {
+        let failure = Backend::Redis.fails(failed.error);
+        match failed.cause {
+            Cause::Answered => Diverted::Answered(failure),
+            Cause::ShortOfTime if time.is_limited_by_caller() => Diverted::ShortOfTime(failure),
+            Cause::ShortOfTime => {
+                self.switch.fails(period, "a call was not answered in time");
+                Diverted::ToMemory
+            }
+            Cause::Unwell(reason) => {
+                self.switch.fails(period, &reason);
+                Diverted::ToMemory
+            }
+        }
+    }
+
+    async fn write_on(
+        &self,
+        write: &Write,
+        trail: &Trail,
+        mut time: CallTime,
+    ) -> Reply<WriteOutcome> {
+        let key = write.head.key();
+        loop {
+            let turn = self.turn(std::iter::once(key), &mut time).await;
+            if let Some(turn) = turn.map_err(|failure| unless_lost(failure, trail))? {
+                let call = self.redis.write_document(write, time.deadline(), trail);
+                match self.ask(turn.period, &time, call).await {
+                    Ok(outcome) => {
+                        if is_absent(&outcome) && self.has_lost(key, turn, &time).await {
+                            continue;
+                        }
+                        self.learn_write(write, &outcome, turn.ticket);
+                        return Ok(Backend::Redis.answers(outcome));
+                    }
+                    Err(Diverted::Answered(failure) | Diverted::ShortOfTime(failure)) => {
+                        return Err(failure);
+                    }
+                    Err(Diverted::ToMemory) => {}
+                }
+            }
+            let maybe_in_redis = trail.end().await;
+            if maybe_in_redis && let Some(written) = self.memory.shown_as_written(write) {
+                return Ok(Backend::Redis.answers(WriteOutcome::Written(written)));
+            }
+            match self.memory.change(write, maybe_in_redis) {
+                Err(Refused::SwitchedBack) => tokio::time::sleep(Self::SWITCHING).await,
+                Ok(written @ WriteOutcome::Written(_)) => {
+                    return Ok(Backend::Memory.answers(written));
+                }
+                // That memory has refused it does not mean that it was not done.
+                _ if maybe_in_redis => return Err(outcome_unknown()),
+                Ok(conflict) => return Ok(Backend::Memory.answers(conflict)),
+                Err(Refused::Error(error)) => return Err(Backend::Memory.fails(error)),
+            }
+        }
+    }
+
+    /// Takes in what a write has shown of its key.
+    fn learn_write(&self, write: &Write, outcome: &WriteOutcome, ticket: Ticket) {
+        let key = write.head.key();
+        let shown = match outcome {
+            WriteOutcome::Written(written) => Shown::by_write(write, written),
+            WriteOutcome::Conflict { current } => Shown::by_read(current.as_ref()),
+        };
+        self.memory.learn(key, shown, ticket);
+    }
+
+    /// Whether Redis, which says that it holds nothing at a key, has lost what it
+    /// held. Only then is the mirror right and Redis wrong; otherwise somebody
+    /// else has deleted the group.
+    async fn has_lost(&self, key: &GroupKey, turn: RedisTurn, time: &CallTime) -> bool {
+        if self.switch.on_recovery() == OnRecovery::Discard
+            || !self.memory.contradicts_absence(key, turn.ticket)
+        {
+            return false;
+        }
+        let look = self.recovery.server_has_changed(turn.ticket);
+        // Where Redis cannot say, its answer is not believed.
+        tokio::select! {
+            looked = tokio::time::timeout_at(time.end, look) => looked.unwrap_or(true),
+            () = self.switch.leaves(turn.period) => true,
+        }
+    }
+
+    /// Reads a document from Redis, and when it expires, unless neither the
+    /// caller nor the mirror has to know.
+    async fn read_in_redis(
+        &self,
+        key: &GroupKey,
+        with_expiry: bool,
+        deadline: Deadline,
+    ) -> Result<(Option<StoredDocument>, bool), NotDone> {
+        let known = self.memory.known_version(key);
+        if !with_expiry && known.is_some() {
+            let found = self.redis.read_document(key, false, deadline).await?;
+            let version = found.as_ref().map(|found| found.document.version());
+            if found.is_none() || version == Some(known) {
+                return Ok((found, false));
+            }
+        }
+        let found = self.redis.read_document(key, true, deadline).await?;
+        Ok((found, true))
+    }
+
+    /// Waits until Redis knows of every change that was made here.
+    async fn all_carried(&self, time: &CallTime) -> Result<(), Failure> {
+        let end = time
+            .deadline
+            .or_within(Self::LISTING_WAIT)
+            .min(Instant::now() + Self::LISTING_WAIT);
+        while self.switch.redis_period().is_some() && self.memory.may_be_pending() {
+            if Instant::now() >= end {
+                return Err(Backend::Redis.fails(StoreError::Unavailable(
+                    "groups that were written while Redis was down are still being carried over"
+                        .into(),
+                )));
+            }
+            tokio::time::sleep(Self::LISTING_POLL).await;
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl DocumentStore for Failover {
+    fn backend(&self) -> Backend {
+        match self.switch.redis_period() {
+            Some(_) => Backend::Redis,
+            None => Backend::Memory,
+        }
+    }
+
+    async fn write(&self, write: &Write, deadline: Deadline) -> Reply<WriteOutcome> {
+        let trail = Trail::default();
+        self.write_on(write, &trail, CallTime::new(deadline)).await
+    }
+
+    async fn read(
+        &self,
+        key: &GroupKey,
+        with_expiry: bool,
+        deadline: Deadline,
+    ) -> Reply<Option<StoredDocument>> {
+        let mut time = CallTime::new(deadline);
+        while let Some(turn) = self.turn(std::iter::once(key), &mut time).await? {
+            let call = self.read_in_redis(key, with_expiry, time.deadline());
+            match self.ask(turn.period, &time, call).await {
+                Ok((None, _)) if self.has_lost(key, turn, &time).await => {}
+                Ok((found, with_expiry)) => {
+                    if found.is_none() || with_expiry {
+                        let shown = Shown::by_read(found.as_ref());
+                        self.memory.learn(key, shown, turn.ticket);
+                    }
+                    return Ok(Backend::Redis.answers(found));
+                }
+                Err(Diverted::Answered(failure)) => return Err(failure),
+                Err(Diverted::ShortOfTime(failure)) => {
+                    // Better than nothing, and marked as what it is.
+                    let known = self.memory.read(key, with_expiry, deadline).await?;
+                    return known.value.is_some().then_some(known).ok_or(failure);
+                }
+                Err(Diverted::ToMemory) => break,
+            }
+        }
+        self.memory.read(key, with_expiry, deadline).await
+    }
+
+    async fn remove(
+        &self,
+        key: &GroupKey,
+        expected: Option<Version>,
+        deadline: Deadline,
+    ) -> Reply<Deletion> {
+        let mut time = CallTime::new(deadline);
+        let trail = Trail::default();
+        loop {
+            let turn = self.turn(std::iter::once(key), &mut time).await;
+            if let Some(turn) = turn.map_err(|failure| unless_lost(failure, &trail))? {
+                let call = self
+                    .redis
+                    .remove_document(key, expected, time.deadline(), &trail);
+                match self.ask(turn.period, &time, call).await {
+                    Ok(deletion) => {
+                        let shown = match deletion {
+                            Deletion {
+                                deleted: true,
+                                version: Some(version),
+                            } => Some(Shown::Deleted(version)),
+                            // Of an unreadable document, or of nothing.
+                            Deletion { version: None, .. } => Some(Shown::Absent),
+                            Deletion { deleted: false, .. } => None,
+                        };
+                        if let Some(shown) = shown {
+                            self.memory.learn(key, shown, turn.ticket);
+                        }
+                        return Ok(Backend::Redis.answers(deletion));
+                    }
+                    Err(Diverted::Answered(failure) | Diverted::ShortOfTime(failure)) => {
+                        return Err(failure);
+                    }
+                    Err(Diverted::ToMemory) => {}
+                }
+            }
+            let maybe_in_redis = trail.end().await;
+            match self.memory.delete(key, expected) {
+                Err(Refused::SwitchedBack) => tokio::time::sleep(Self::SWITCHING).await,
+                // That memory knows of nothing to delete does not mean that
+                // nothing was deleted.
+                Ok(Deletion { deleted: false, .. }) if maybe_in_redis => {
+                    return Err(outcome_unknown());
+                }
+                Ok(deletion) => return Ok(Backend::Memory.answers(deletion)),
+                Err(Refused::Error(error)) => return Err(Backend::Memory.fails(error)),
+            }
+        }
+    }
+
+    async fn write_all(&self, writes: &[Write], deadline: Deadline) -> Vec<Reply<WriteOutcome>> {
+        let deadline = Deadline::at(deadline.or_within(RedisStore::BATCH_BOUND));
+        let mut replies = Vec::with_capacity(writes.len());
+        for chunk in pipelines(writes) {
+            replies.extend(self.write_pipeline(chunk, deadline).await);
+        }
+        replies
+    }
+
+    async fn list_keys(
+        &self,
+        prefix: &str,
+        page_size: usize,
+        token: Option<&str>,
+        deadline: Deadline,
+    ) -> Reply<KeyPage> {
+        let time = CallTime::new(deadline);
+        self.all_carried(&time).await?;
+        if let Some(period) = self.switch.redis_period() {
+            let call = self.redis.list_keys(prefix, page_size, token, deadline);
+            match self.ask(period, &time, call).await {
+                Ok(page) => return Ok(Backend::Redis.answers(page)),
+                Err(Diverted::Answered(failure) | Diverted::ShortOfTime(failure)) => {
+                    return Err(failure);
+                }
+                Err(Diverted::ToMemory) => {}
+            }
+        }
+        self.memory
+            .list_keys(prefix, page_size, token, deadline)
+            .await
+    }
+
+    async fn size(&self, prefix: &str, deadline: Deadline) -> Reply<u64> {
+        let time = CallTime::new(deadline);
+        self.all_carried(&time).await?;
+        if let Some(period) = self.switch.redis_period() {
+            let call = self.redis.count(prefix, deadline);
+            match self.ask(period, &time, call).await {
+                Ok(count) => return Ok(Backend::Redis.answers(count)),
+                Err(Diverted::Answered(failure) | Diverted::ShortOfTime(failure)) => {
+                    return Err(failure);
+                }
+                Err(Diverted::ToMemory) => {}
+            }
+        }
+        self.memory.size(prefix, deadline).await
+    }
+
+    async fn read_all(&self, prefix: &str, deadline: Deadline) -> Reply<ReadAll> {
+        let time = CallTime::new(deadline);
+        self.all_carried(&time).await?;
+        if let Some(period) = self.switch.redis_period() {
+            let call = self.redis.read_documents(prefix, false, deadline);
+            match self.ask(period, &time, call).await {
+                Ok(batches) => {
+                    let switch = self.switch.clone();
+                    // It ends with its backend, and is never continued from the
+                    // other one.
+                    let batches = batches.map(move |batch| {
+                        batch.map_err(|failed| {
+                            if let Cause::Unwell(reason) = &failed.cause {
+                                switch.fails(period, reason);
+                            }
+                            Backend::Redis.fails(failed.error)
+                        })
+                    });
+                    return Ok(Backend::Redis.answers(ReadAll {
+                        complete: true,
+                        batches: batches.boxed(),
+                    }));
+                }
+                Err(Diverted::Answered(failure) | Diverted::ShortOfTime(failure)) => {
+                    return Err(failure);
+                }
+                Err(Diverted::ToMemory) => {}
+            }
+        }
+        let answer = self.memory.read_all(prefix, deadline).await?;
+        Ok(answer.map(|all| ReadAll {
+            // Other instances know of other groups.
+            complete: false,
+            ..all
+        }))
+    }
+}
+
+impl Failover {
+    /// As many writes as are sent to Redis at once. Each that Redis fails is
+    /// answered from memory by itself.
+    async fn write_pipeline(
+        &self,
+        writes: &[Write],
+        deadline: Deadline,
+    ) -> Vec<Reply<WriteOutcome>> {
+        let trails: Vec<_> = writes.iter().map(|_| Trail::default()).collect();
+        let mut results: Vec<Option<Reply<WriteOutcome>>> = vec![None; writes.len()];
+        let mut time = CallTime::new(deadline);
+        let keys = writes.iter().map(|write| write.head.key());
+        match self.turn(keys, &mut time).await {
+            Err(failure) => return vec![Err(failure); writes.len()],
+            Ok(None) => {}
+            Ok(Some(turn)) => {
+                let call = self.redis.write_pipeline(writes, deadline, &trails);
+                let call = async { Ok(call.await) };
+                if let Ok(outcomes) = self.ask(turn.period, &time, call).await {
+                    for ((write, outcome), result) in writes.iter().zip(outcomes).zip(&mut results)
+                    {
+                        *result = match outcome {
+                            Ok(outcome) => {
+                                self.learn_write(write, &outcome, turn.ticket);
+                                Some(Ok(Backend::Redis.answers(outcome)))
+                            }
+                            Err(failed) => match self.divert(turn.period, &time, failed) {
+                                Diverted::Answered(failure) | Diverted::ShortOfTime(failure) => {
+                                    Some(Err(failure))
+                                }
+                                Diverted::ToMemory => None,
+                            },
+                        };
+                    }
+                }
+            }
+        }
+        let finished = writes.iter().zip(&trails).zip(results);
+        join_all(finished.map(async |((write, trail), result)| match result {
+            Some(result) => result,
+            None => self.write_on(write, trail, time).await,
+        }))
+        .await
+    }
+}
+
+// === impl CallTime ===
+
+impl CallTime {
+    /// A call without a deadline is answered within this.
+    const BOUND: Duration = Duration::from_millis(950);
+    /// Turns of Redis and memory that a call waits for: more than one only when
+    /// the switch turns in the middle of it.
+    const MOST_TURNS: u32 = 8;
+
+    fn new(deadline: Deadline) -> Self {
+        Self {
+            deadline,
+            end: deadline.or_within(Self::BOUND),
+            turns: 0,
+            was_held_up: false,
+        }
+    }
+
+    /// Begins a turn, unless there were too many, or it is too late.
+    fn take_turn(&mut self) -> Result<(), Failure> {
+        self.turns += 1;
+        if self.turns == 1 {
+            return Ok(());
+        }
+        if self.turns > Self::MOST_TURNS || Instant::now() >= self.end {
+            return Err(Backend::Memory.fails(StoreError::Unavailable(
+                "Redis and memory keep taking turns; try again".into(),
+            )));
+        }
+        Ok(())
+    }
+
+    /// Whether it is the caller who wants an answer by the end.
+    fn is_limited_by_caller(&self) -> bool {
+        self.deadline.instant().is_some()
+    }
+
+    /// What Redis is given: no more than is left of our bound when the call has
+    /// waited already.
+    fn deadline(&self) -> Deadline {
+        if self.turns == 1 && !self.was_held_up {
+            self.deadline
+        } else {
+            Deadline::at(self.end)
+        }
+    }
+}
+
+/// What is told of a write that is given up.
+fn unless_lost(failure: Failure, trail: &Trail) -> Failure {
+    if trail.lost_since().is_some() {
+        outcome_unknown()
+    } else {
+        failure
+    }
+}
+
+/// Of a write that Redis may have executed, and that memory did not make.
+fn outcome_unknown() -> Failure {
+    Backend::Redis.fails(StoreError::OutcomeUnknown)
+}
+
+/// Whether a write found nothing where something was expected.
+fn is_absent(outcome: &WriteOutcome) -> bool {
+    matches!(outcome, WriteOutcome::Conflict { current: None })
+}

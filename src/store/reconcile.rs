@@ -1,0 +1,520 @@
+//! Carrying over to Redis what was changed in memory while it was down.
+//!
+//! What to do with one key is a pure function of what both sides hold,
+//! [`next_step`]; the [`Carrier`] does it, one task a key at a time.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures::{
+    FutureExt,
+    future::{BoxFuture, Shared},
+};
+
+use super::{
+    Deadline, Expiry, StoreError,
+    documents::{Condition, Write, WriteOutcome},
+    memory::{Changed, MemoryStore, Pending, Shown},
+    redis::{Cause, LostDocument, NotDone, Offered, RedisStore, Trail},
+};
+use crate::{
+    document::{Document, DocumentHead},
+    group::{AlertGroup, GroupKey},
+    telemetry,
+    version::{InstanceId, Version, WriteIds},
+};
+
+/// What Redis holds at a key that was changed here.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Theirs {
+    Absent,
+    /// A document that is no group.
+    Unreadable,
+    Group(Box<AlertGroup>),
+}
+
+/// What to do next with a key that was changed here.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step {
+    /// Redis holds what it should.
+    Nothing,
+    /// Our group, since nobody else has changed it.
+    Carry(Condition),
+    /// Both groups in one, in place of this version.
+    Merge {
+        group: Box<AlertGroup>,
+        /// Fingerprints of reports that lost against another one.
+        dropped: Vec<String>,
+        replaces: Version,
+    },
+    /// Our delete, of this version.
+    Delete(Version),
+}
+
+/// Carries keys over, each by one task at a time.
+pub struct Carrier {
+    redis: RedisStore,
+    memory: MemoryStore,
+    write_ids: WriteIds,
+    running: Mutex<HashMap<GroupKey, Carrying>>,
+}
+
+type Carrying = Shared<BoxFuture<'static, Result<(), NotDone>>>;
+
+/// The next step for a key. `ours`: our group, None if it was deleted here.
+pub fn next_step(ours: Option<&AlertGroup>, changed: &Changed, theirs: &Theirs) -> Step {
+    let theirs = match theirs {
+        Theirs::Group(theirs) => theirs,
+        // Nothing to merge with; a Store would have replaced it as well.
+        Theirs::Unreadable if ours.is_some() => return Step::Carry(Condition::Any),
+        Theirs::Absent if ours.is_some() => return Step::Carry(Condition::Absent),
+        Theirs::Unreadable | Theirs::Absent => return Step::Nothing,
+    };
+    let Some(stored) = theirs.metadata.version else {
+        return Step::Nothing;
+    };
+    let write_id = &theirs.metadata.write_id;
+    let is_base = changed.base.is_some_and(|(base, _)| base == stored);
+    let is_ours = changed.maybe_in_redis.iter().any(|id| id == write_id);
+    let Some(ours) = ours else {
+        // A delete concerns the version that was there when it was made.
+        return if is_base || is_ours {
+            Step::Delete(stored)
+        } else {
+            Step::Nothing
+        };
+    };
+    let has_arrived = !write_id.is_empty() && *write_id == ours.metadata.write_id;
+    if has_arrived && ours.metadata.version <= Some(stored) {
+        return Step::Nothing;
+    }
+    // What has arrived under a lesser version than the one that the writer was
+    // told is written once more.
+    if is_base || is_ours || has_arrived {
+        return Step::Carry(Condition::Version(stored));
+    }
+    let merged = ours.clone().merge(AlertGroup::clone(theirs));
+    if merged.group.alerts == theirs.alerts && same_metadata(&merged.group, theirs) {
+        return Step::Nothing;
+    }
+    Step::Merge {
+        group: Box::new(merged.group),
+        dropped: merged.dropped,
+        replaces: stored,
+    }
+}
+
+/// Whether two groups say the same besides version and write id.
+fn same_metadata(a: &AlertGroup, b: &AlertGroup) -> bool {
+    let mut b = b.metadata.clone();
+    b.version = a.metadata.version;
+    b.write_id.clone_from(&a.metadata.write_id);
+    a.metadata == b
+}
+
+// === impl Carrier ===
+
+impl Carrier {
+    /// Steps for one key at most: each further one means that another writer
+    /// came in between.
+    const MOST_STEPS: usize = 10;
+
+    pub fn new(redis: RedisStore, memory: MemoryStore, instance: &InstanceId) -> Self {
+        Self {
+            redis,
+            memory,
+            write_ids: WriteIds::of_its_own(instance),
+            running: Mutex::default(),
+        }
+    }
+
+    /// Tells Redis of a key, if it has to be told. Everybody who asks for one
+    /// key waits for the same task, which goes on when nobody waits any more.
+    pub async fn carry(self: &Arc<Self>, key: &GroupKey) -> Result<(), NotDone> {
+        let task = {
+            let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+            running
+                .entry(key.clone())
+                .or_insert_with(|| self.start(key.clone()))
+                .clone()
+        };
+        task.await
+    }
+
+    fn start(self: &Arc<Self>, key: GroupKey) -> Carrying {
+        let running = Running {
+            carrier: self.clone(),
+            key,
+        };
+        let task = tokio::spawn(async move { running.carrier.tell(&running.key).await });
+        task.map(|ended| {
+            ended.unwrap_or_else(|error| {
+                Err(StoreError::Bug(format!("carrying a group over: {error}")).into())
+            })
+        })
+        .boxed()
+        .shared()
+    }
+
+    async fn tell(&self, key: &GroupKey) -> Result<(), NotDone> {
+        for _ in 0..Self::MOST_STEPS {
+            let told = match self.memory.pending(key) {
+                None => return Ok(()),
+                Some(Pending::Unsure {
+                    document,
+                    version,
+                    left,
+                    put_back_absent,
+                }) => {
+                    let lost = LostDocument {
+                        document: &document,
+                        version,
+                        left,
+                        put_back_absent,
+                    };
+                    self.offer(&lost).await
+                }
+                Some(Pending::Changed {
+                    document,
+                    version,
+                    left,
+                    changed,
+                }) => {
+                    let ours = Ours {
+                        key,
+                        document,
+                        version,
+                        left,
+                        changed,
+                    };
+                    self.step(&ours).await
+                }
+            };
+            match told {
+                Ok(()) => {}
+                // What happened shows in the next step.
+                Err(NotDone {
+                    error: StoreError::OutcomeUnknown,
+                    cause: Cause::Answered,
+                }) => {}
+                Err(failed) if failed.cause == Cause::Answered && is_refusal(&failed.error) => {
+                    self.drop_change(key, &failed.error);
+                }
+                Err(failed) => return Err(failed),
+            }
+        }
+        Err(StoreError::Unavailable(
+            "a group that was written while Redis was down could not be carried over yet: \
+             others keep changing it"
+                .into(),
+        )
+        .into())
+    }
+
+    /// Puts back what Redis may have lost.
+    async fn offer(&self, lost: &LostDocument<'_>) -> Result<(), NotDone> {
+        let offered = self.redis.restore_document(lost, Deadline::NONE).await?;
+        let is_there = offered != Offered::Deleted;
+        let key = &lost.document.key;
+        self.memory.offered(key, lost.version, is_there);
+        if offered == Offered::PutBack {
+            telemetry::groups_put_back(1);
+        }
+        Ok(())
+    }
+
+    /// Looks at what Redis holds and does the next step.
+    async fn step(&self, ours: &Ours<'_>) -> Result<(), NotDone> {
+        let found = self
+            .redis
+            .read_document(ours.key, true, Deadline::NONE)
+            .await?;
+        let group = match ours.document.as_ref().map(Document::parse) {
+            Some(Ok(group)) => Some(group),
+            None => None,
+            Some(Err(unreadable)) => return Err(StoreError::Unreadable(unreadable).into()),
+        };
+        let theirs = match found.as_ref().map(|found| found.document.parse()) {
+            None => Theirs::Absent,
+            Some(Ok(group)) => Theirs::Group(Box::new(group)),
+            Some(Err(_)) => Theirs::Unreadable,
+        };
+        match next_step(group.as_ref(), &ours.changed, &theirs) {
+            Step::Nothing => {
+                self.carried(ours, Shown::by_read(found.as_ref()));
+                Ok(())
+            }
+            Step::Delete(version) => self.delete(ours, version).await,
+            Step::Carry(condition) => {
+                let Some(group) = group else {
+                    return Err(
+                        StoreError::Bug("a delete cannot be carried as a group".into()).into(),
+                    );
+                };
+                let write_id = self.write_ids.next();
+                // Whatever becomes of this attempt, it is recognised as ours.
+                let change = ours.changed.change;
+                if !self.memory.carrying(ours.key, change, &write_id) {
+                    return Ok(());
+                }
+                let expiry = Expiry::After(ours.left);
+                let written = self.write(ours, &group, condition, expiry, write_id);
+                if written.await? {
+                    telemetry::degraded_writes_carried(1);
+                }
+                Ok(())
+            }
+            Step::Merge {
+                group,
+                dropped,
+                replaces,
+            } => {
+                let expiry = match found.and_then(|found| found.expires) {
+                    Some(expires) => Expiry::After(expires.left.max(ours.left)),
+                    None => Expiry::Keep {
+                        otherwise: ours.left,
+                    },
+                };
+                let condition = Condition::Version(replaces);
+                // Not recognised as ours, since it holds theirs as well: it would
+                // be replaced by what is ours alone. Merged again, nothing of it
+                // changes.
+                let write_id = self.write_ids.next();
+                let written = self.write(ours, &group, condition, expiry, write_id);
+                if written.await? {
+                    telemetry::degraded_writes_merged(1);
+                    if !dropped.is_empty() {
+                        telemetry::reports_dropped(ours.key, &dropped);
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes a group for `ours`. False if somebody else came in between.
+    async fn write(
+        &self,
+        ours: &Ours<'_>,
+        group: &AlertGroup,
+        condition: Condition,
+        expiry: Expiry,
+        write_id: String,
+    ) -> Result<bool, NotDone> {
+        let write = Write {
+            head: DocumentHead::new(group),
+            condition,
+            expiry,
+            write_id,
+            newer_than: Some(ours.version),
+        };
+        let trail = Trail::default();
+        let outcome = self
+            .redis
+            .write_document(&write, Deadline::NONE, &trail)
+            .await;
+        if outcome.is_err() {
+            // Memory may take changes of this group again.
+            trail.end().await;
+        }
+        match outcome? {
+            WriteOutcome::Written(written) => {
+                self.carried(ours, Shown::by_write(&write, &written));
+                Ok(true)
+            }
+            WriteOutcome::Conflict { .. } => Ok(false),
+        }
+    }
+
+    async fn delete(&self, ours: &Ours<'_>, version: Version) -> Result<(), NotDone> {
+        let trail = Trail::default();
+        let deleted = self
+            .redis
+            .remove_document(ours.key, Some(version), Deadline::NONE, &trail)
+            .await;
+        if deleted.is_err() {
+            trail.end().await;
+        }
+        if deleted?.deleted {
+            self.carried(ours, Shown::Deleted(version));
+            telemetry::degraded_writes_carried(1);
+        }
+        Ok(())
+    }
+
+    fn carried(&self, ours: &Ours<'_>, shown: Shown) {
+        self.memory.carried(ours.key, ours.changed.change, shown);
+    }
+
+    /// Gives up a change that Redis does not take, and would never take.
+    fn drop_change(&self, key: &GroupKey, error: &StoreError) {
+        match self.memory.pending(key) {
+            Some(Pending::Changed { changed, .. }) => {
+                self.memory.carried(key, changed.change, Shown::Absent);
+                telemetry::degraded_writes_discarded(1);
+                tracing::warn!(
+                    %key, %error,
+                    "a group that was written while Redis was down cannot be carried over and is dropped"
+                );
+            }
+            Some(Pending::Unsure { version, .. }) => self.memory.offered(key, version, false),
+            None => {}
+        }
+    }
+}
+
+/// A task that carries a key over. It is over when this is dropped, be it by a
+/// panic.
+struct Running {
+    carrier: Arc<Carrier>,
+    key: GroupKey,
+}
+
+/// A key that was changed here.
+struct Ours<'a> {
+    key: &'a GroupKey,
+    /// None: it was deleted.
+    document: Option<Document>,
+    version: Version,
+    /// What is left of its time to live.
+    left: Duration,
+    changed: Changed,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let running = &self.carrier.running;
+        let mut running = running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.remove(&self.key);
+    }
+}
+
+/// Whether Redis would refuse the same again.
+fn is_refusal(error: &StoreError) -> bool {
+    matches!(
+        error,
+        StoreError::ForeignType | StoreError::VersionOutOfRange(_) | StoreError::Unreadable(_)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::group::{Alert, GroupMetadata};
+
+    fn version(version: i64) -> Version {
+        Version::new(version).unwrap()
+    }
+
+    fn group(fingerprints: &[&str], write_id: &str, stored: i64) -> AlertGroup {
+        let alert = |fingerprint: &&str| {
+            let alert = Alert {
+                fingerprint: fingerprint.to_string(),
+                ..Alert::default()
+            };
+            (fingerprint.to_string(), alert)
+        };
+        AlertGroup {
+            key: GroupKey::new("k").unwrap(),
+            alerts: fingerprints.iter().map(alert).collect::<BTreeMap<_, _>>(),
+            metadata: GroupMetadata {
+                firing_count: fingerprints.len() as i32,
+                write_id: write_id.into(),
+                version: Version::new(stored),
+                ..GroupMetadata::default()
+            },
+        }
+    }
+
+    fn theirs(fingerprints: &[&str], write_id: &str, stored: i64) -> Theirs {
+        Theirs::Group(Box::new(group(fingerprints, write_id, stored)))
+    }
+
+    /// A change of version 16, whose writes "lost-1" and "lost-2" may be in Redis.
+    fn changed() -> Changed {
+        Changed {
+            base: Some((version(16), Instant::now())),
+            maybe_in_redis: vec!["lost-1".into(), "lost-2".into()],
+            change: 1,
+        }
+    }
+
+    #[test]
+    fn what_nobody_else_has_changed_is_carried() {
+        let ours = group(&["a"], "ours", 24);
+        for (theirs, condition) in [
+            (theirs(&["x"], "base", 16), Condition::Version(version(16))),
+            (
+                theirs(&["x"], "lost-2", 32),
+                Condition::Version(version(32)),
+            ),
+            (Theirs::Absent, Condition::Absent),
+            (Theirs::Unreadable, Condition::Any),
+        ] {
+            let step = next_step(Some(&ours), &changed(), &theirs);
+            assert_eq!(step, Step::Carry(condition));
+        }
+    }
+
+    #[test]
+    fn what_has_arrived_already_is_left_alone() {
+        let ours = group(&["a"], "ours", 24);
+        let arrived = theirs(&["a"], "ours", 32);
+        assert_eq!(next_step(Some(&ours), &changed(), &arrived), Step::Nothing);
+        // And so is a merge.
+        let merged = theirs(&["a", "b"], "merged", 32);
+        assert_eq!(next_step(Some(&ours), &changed(), &merged), Step::Nothing);
+    }
+
+    #[test]
+    fn what_has_arrived_under_a_lesser_version_than_its_writer_was_told_is_written_again() {
+        let ours = group(&["a"], "ours", 24);
+        let lesser = theirs(&["a"], "ours", 16);
+        assert_eq!(
+            next_step(Some(&ours), &Changed::default(), &lesser),
+            Step::Carry(Condition::Version(version(16)))
+        );
+    }
+
+    #[test]
+    fn what_another_has_changed_is_merged() {
+        let ours = group(&["a"], "ours", 24);
+        let step = next_step(Some(&ours), &changed(), &theirs(&["b"], "theirs", 48));
+        let Step::Merge {
+            group, replaces, ..
+        } = step
+        else {
+            panic!("{step:?}");
+        };
+        assert_eq!(group.alerts.keys().collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!(replaces, version(48));
+    }
+
+    #[test]
+    fn a_group_without_a_write_id_is_nobodys_but_its_writers() {
+        // As the Go service writes it.
+        let ours = group(&["a"], "", 24);
+        let step = next_step(Some(&ours), &changed(), &theirs(&["b"], "", 48));
+        assert!(matches!(step, Step::Merge { .. }), "{step:?}");
+    }
+
+    #[test]
+    fn a_delete_concerns_only_the_version_that_was_deleted() {
+        for (theirs, step) in [
+            (theirs(&["x"], "base", 16), Step::Delete(version(16))),
+            (theirs(&["x"], "lost-1", 32), Step::Delete(version(32))),
+            (theirs(&["x"], "theirs", 32), Step::Nothing),
+            (Theirs::Absent, Step::Nothing),
+            (Theirs::Unreadable, Step::Nothing),
+        ] {
+            assert_eq!(next_step(None, &changed(), &theirs), step, "{theirs:?}");
+        }
+    }
+}

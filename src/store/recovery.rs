@@ -1,0 +1,418 @@
+//! The watch over Redis: finds out that it is gone, that it is back, and that it
+//! is another one.
+//!
+//! Tasks, for as long as the [`Recovery`] lives:
+//!
+//! | task | what it does |
+//! |---|---|
+//! | `heartbeat`, one a connection | PINGs; opens the switch, replaces a dead connection |
+//! | `probe` | closes the switch |
+//! | `look_after` | looks at the server behind a new connection; keeps the probe key fresh |
+//! | [`BringBack::run`] | tells Redis what memory holds, then fills the mirror |
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    task::JoinSet,
+    time::{Instant, MissedTickBehavior},
+};
+
+use super::{
+    Deadline, Expiry, StoreError,
+    breaker::{Breaker, Next, Probe},
+    bring_back::BringBack,
+    documents::{Condition, Write, WriteOutcome},
+    memory::{MemoryStore, Server, Ticket},
+    redis::{Cause, NoPong, NotDone, RedisStore, Trail},
+    switch::{OnRecovery, Switch},
+};
+use crate::{
+    document::DocumentHead,
+    group::{AlertGroup, GroupKey, GroupMetadata},
+    version::{InstanceId, Version, WriteIds},
+};
+
+/// Watches over Redis until it is dropped.
+pub struct Recovery {
+    watch: Arc<Watch>,
+    /// Ends the tasks with this value.
+    _tasks: JoinSet<()>,
+}
+
+struct Watch {
+    redis: RedisStore,
+    memory: MemoryStore,
+    switch: Arc<Switch>,
+    bring_back: Arc<BringBack>,
+    trip_after: Duration,
+    probe_key: GroupKey,
+    write_ids: WriteIds,
+    /// None until Redis has answered for the first time.
+    server: tokio::sync::Mutex<Option<KnownServer>>,
+    pong: Mutex<Option<Pong>>,
+}
+
+/// The Redis process that we know.
+#[derive(Clone, Debug)]
+struct KnownServer {
+    run_id: String,
+    /// The version of the probe key as we wrote it last.
+    probe: Version,
+    maxmemory_policy: String,
+    /// What was found of another process, until an epoch has begun with it: as
+    /// soon as the probe key is written there, it can be found no more.
+    found: Option<(String, Server)>,
+}
+
+/// The last answer to a PING.
+#[derive(Clone, Copy, Debug)]
+struct Pong {
+    at: Instant,
+    latency: Duration,
+}
+
+/// What is known of the server that answers.
+struct Look {
+    run_id: String,
+    maxmemory_policy: String,
+    server: Server,
+}
+
+// === impl Recovery ===
+
+impl Recovery {
+    /// Starts to watch.
+    pub fn start(
+        redis: RedisStore,
+        memory: MemoryStore,
+        switch: Arc<Switch>,
+        trip_after: Duration,
+        instance: &InstanceId,
+    ) -> Arc<Self> {
+        let watch = Arc::new(Watch {
+            bring_back: Arc::new(BringBack::new(
+                redis.clone(),
+                memory.clone(),
+                switch.clone(),
+                instance,
+            )),
+            probe_key: GroupKey::probe(instance),
+            write_ids: WriteIds::of_its_own(instance),
+            server: tokio::sync::Mutex::new(None),
+            pong: Mutex::new(None),
+            redis,
+            memory,
+            switch,
+            trip_after,
+        });
+        let mut tasks = JoinSet::new();
+        for connection in 0..watch.redis.connections() {
+            tasks.spawn(watch.clone().heartbeat(connection));
+        }
+        tasks.spawn(watch.clone().probe());
+        tasks.spawn(watch.clone().look_after());
+        tasks.spawn(watch.bring_back.clone().run());
+        Arc::new(Self {
+            watch,
+            _tasks: tasks,
+        })
+    }
+
+    /// Whether Redis is another process than the one we knew when `ticket` was
+    /// drawn, or cannot say.
+    pub async fn server_has_changed(&self, ticket: Ticket) -> bool {
+        let Some(period) = self.watch.switch.redis_period() else {
+            return true;
+        };
+        match self.watch.look_again(period).await {
+            Ok(()) => !self.watch.memory.is_current(ticket),
+            Err(_) => true,
+        }
+    }
+
+    /// What goes on when Redis answers again.
+    pub fn bring_back(&self) -> &BringBack {
+        &self.watch.bring_back
+    }
+
+    /// How long the last PING took that was answered.
+    pub fn ping_latency(&self) -> Option<Duration> {
+        self.watch.pong().map(|pong| pong.latency)
+    }
+
+    /// Before the end: tries to carry over what memory holds, whatever the
+    /// switch says. The number of groups that Redis does not know of after that.
+    pub async fn last_try(&self, deadline: Instant) -> usize {
+        let watch = &self.watch;
+        if watch.switch.on_recovery() == OnRecovery::Reconcile && watch.memory.usage().dirty > 0 {
+            let answers = watch.redis.ping_any(Watch::PROBE_BOUND).await.is_ok();
+            if answers {
+                let carry = watch.bring_back.carry_all(|| true);
+                let _ = tokio::time::timeout_at(deadline, carry).await;
+            }
+        }
+        watch.memory.usage().dirty
+    }
+}
+
+// === impl Watch ===
+
+impl Watch {
+    const HEARTBEAT: Duration = Duration::from_millis(200);
+    const PROBE_BOUND: Duration = Duration::from_millis(250);
+    /// The probe key is written this often. What Redis took since then may be
+    /// missing after a crash although the probe is there.
+    const PROBE_REFRESH: Duration = Duration::from_secs(1);
+    /// Longer than an outage that anybody has patience for; a key of an instance
+    /// that is gone leaves by itself.
+    const PROBE_TTL: Duration = Duration::from_secs(24 * 3_600);
+
+    /// PINGs over one connection for ever.
+    async fn heartbeat(self: Arc<Self>, connection: usize) {
+        loop {
+            let period = self.switch.redis_period();
+            let sent = Instant::now();
+            let pong = self.redis.ping(connection, self.trip_after).await;
+            match (&pong, period) {
+                (Ok(()), _) => self.heard(sent),
+                (Err(NoPong::Refused(error)), Some(period)) => self.switch.fails(period, error),
+                // One connection may be dead; when none has answered in all this
+                // time, Redis is.
+                (Err(NoPong::Silence), Some(period)) if !self.heard_since(sent) => {
+                    self.switch.fails(period, &self.why_silent());
+                }
+                (Err(_), _) => {}
+            }
+            if pong == Err(NoPong::Silence) {
+                self.redis.reconnect(connection).await;
+            }
+            tokio::time::sleep_until(sent + Self::HEARTBEAT).await;
+        }
+    }
+
+    fn heard(&self, sent: Instant) {
+        let at = Instant::now();
+        let pong = Pong {
+            at,
+            latency: at - sent,
+        };
+        *self.pong.lock().unwrap_or_else(PoisonError::into_inner) = Some(pong);
+    }
+
+    fn heard_since(&self, moment: Instant) -> bool {
+        self.pong().is_some_and(|pong| pong.at >= moment)
+    }
+
+    fn pong(&self) -> Option<Pong> {
+        *self.pong.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn why_silent(&self) -> String {
+        let connection = self.redis.why_not_connected();
+        format!(
+            "no PING was answered for {:?}; {connection}",
+            self.trip_after
+        )
+    }
+
+    /// Probes Redis whenever the switch is open.
+    async fn probe(self: Arc<Self>) {
+        let mut status = self.switch.subscribe();
+        loop {
+            match self.switch.next() {
+                Next::Probe(Probe::Ping) => match self.redis.ping_any(Self::PROBE_BOUND).await {
+                    Ok(()) => {
+                        self.switch.ping_succeeds();
+                        if self.switch.next() == Next::Probe(Probe::Ping) {
+                            tokio::time::sleep(Breaker::PING_PAUSE).await;
+                        }
+                    }
+                    Err(NoPong::Refused(error)) => self.switch.probe_fails(&error),
+                    Err(NoPong::Silence) => {
+                        self.switch.probe_fails(&self.redis.why_not_connected());
+                    }
+                },
+                Next::Probe(Probe::Write) => match self.probe_write().await {
+                    Ok(server) => self.switch.write_succeeds(server),
+                    Err(failed) => self.switch.probe_fails(&failed.error.to_string()),
+                },
+                Next::Pause(pause) => tokio::time::sleep(pause).await,
+                Next::Nothing => {
+                    // The switch outlives this task.
+                    let _ = status.wait_for(|status| !status.closed).await;
+                }
+            }
+        }
+    }
+
+    /// Looks at the server, then writes the probe key as groups are written.
+    async fn probe_write(&self) -> Result<Server, NotDone> {
+        let mut known = self.server.lock().await;
+        let look = self.look(known.as_mut()).await?;
+        let probe = self.write_probe(Condition::Any).await?;
+        if self.redis.server(Deadline::NONE).await?.run_id != look.run_id {
+            // The probe lies in another server than the one we looked at.
+            return Err(StoreError::Unavailable("Redis was replaced again".into()).into());
+        }
+        self.check_policy(known.as_ref(), &look);
+        *known = Some(KnownServer {
+            run_id: look.run_id,
+            maxmemory_policy: look.maxmemory_policy,
+            // An unconditional write meets no conflict.
+            probe: probe.unwrap_or(Version::FIRST),
+            found: None,
+        });
+        Ok(look.server)
+    }
+
+    /// Finds out which server answers.
+    async fn look(&self, known: Option<&mut KnownServer>) -> Result<Look, NotDone> {
+        let info = self.redis.server(Deadline::NONE).await?;
+        let run_id = info.run_id;
+        let server = match known {
+            None => Server::Same,
+            Some(known) if known.run_id == run_id => Server::Same,
+            Some(KnownServer {
+                found: Some((of, server)),
+                ..
+            }) if *of == run_id => *server,
+            Some(known) => {
+                let found = self
+                    .redis
+                    .read_document(&self.probe_key, true, Deadline::NONE)
+                    .await?;
+                let probe = found.and_then(|found| found.document.version());
+                let server = if probe >= Some(known.probe) {
+                    Server::Restarted
+                } else {
+                    Server::LostData
+                };
+                known.found = Some((run_id.clone(), server));
+                server
+            }
+        };
+        Ok(Look {
+            run_id,
+            maxmemory_policy: info.maxmemory_policy,
+            server,
+        })
+    }
+
+    /// Writes the probe key; None if the condition does not hold.
+    async fn write_probe(&self, condition: Condition) -> Result<Option<Version>, NotDone> {
+        let group = AlertGroup {
+            key: self.probe_key.clone(),
+            alerts: Default::default(),
+            metadata: GroupMetadata::default(),
+        };
+        let write = Write {
+            head: DocumentHead::new(&group),
+            condition,
+            expiry: Expiry::After(Self::PROBE_TTL),
+            write_id: self.write_ids.next(),
+            newer_than: None,
+        };
+        let trail = Trail::default();
+        let outcome = self
+            .redis
+            .write_document(&write, Deadline::NONE, &trail)
+            .await?;
+        Ok(match outcome {
+            WriteOutcome::Written(written) => Some(written.version),
+            WriteOutcome::Conflict { .. } => None,
+        })
+    }
+
+    fn check_policy(&self, known: Option<&KnownServer>, look: &Look) {
+        let policy = &look.maxmemory_policy;
+        let told = known.is_some_and(|known| known.maxmemory_policy == *policy);
+        if !told && !policy.is_empty() && policy != "noeviction" {
+            tracing::warn!(
+                policy,
+                "maxmemory-policy is not noeviction: when its memory is full, Redis throws \
+                 groups away and tells nobody"
+            );
+        }
+    }
+
+    /// While Redis answers: looks at the server behind each new connection, and
+    /// keeps the probe key fresh, which also shows whether Redis takes writes
+    /// when nobody writes.
+    async fn look_after(self: Arc<Self>) {
+        let mut connected = self.redis.connected();
+        let mut refresh = tokio::time::interval(Self::PROBE_REFRESH);
+        refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let reconnected = tokio::select! {
+                _ = refresh.tick() => false,
+                // The sender lives as long as `redis`.
+                changed = connected.changed() => changed.is_ok(),
+            };
+            let Some(period) = self.switch.redis_period() else {
+                continue;
+            };
+            let done = if reconnected {
+                self.look_again(period).await
+            } else {
+                self.refresh_probe(period).await
+            };
+            if let Err(NotDone {
+                cause: Cause::Unwell(reason),
+                ..
+            }) = done
+            {
+                self.switch.fails(period, &reason);
+            }
+        }
+    }
+
+    /// Writes the probe key in place of the one that was written last: if that
+    /// is not there, the server is another one, or has lost it.
+    async fn refresh_probe(&self, period: u64) -> Result<(), NotDone> {
+        let mut known = self.server.lock().await;
+        let Some(server) = known.as_mut() else {
+            return Ok(());
+        };
+        let condition = Condition::Version(server.probe);
+        let mut probe = self.write_probe(condition).await?;
+        if probe.is_none() {
+            self.look_at(server, period).await?;
+            // If the switch has opened, `probe_write` goes on with what was
+            // found.
+            if self.switch.redis_period() == Some(period) {
+                probe = self.write_probe(Condition::Any).await?;
+            }
+        }
+        server.probe = probe.unwrap_or(server.probe);
+        Ok(())
+    }
+
+    /// Looks whether the server is still the one we know.
+    async fn look_again(&self, period: u64) -> Result<(), NotDone> {
+        match self.server.lock().await.as_mut() {
+            Some(server) => self.look_at(server, period).await,
+            None => Ok(()),
+        }
+    }
+
+    /// If the server is another one, a new epoch begins, as after a recovery.
+    async fn look_at(&self, known: &mut KnownServer, period: u64) -> Result<(), NotDone> {
+        let look = self.look(Some(known)).await?;
+        if look.server == Server::Same || self.switch.redis_period() != Some(period) {
+            return Ok(());
+        }
+        tracing::info!(server = ?look.server, "Redis is another process now");
+        known.run_id = look.run_id;
+        known.found = None;
+        self.memory.meet(match self.switch.on_recovery() {
+            OnRecovery::Reconcile => look.server,
+            // What it has lost is lost.
+            OnRecovery::Discard => Server::Same,
+        });
+        self.bring_back.once_more();
+        Ok(())
+    }
+}

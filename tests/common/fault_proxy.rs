@@ -1,0 +1,237 @@
+//! A TCP proxy that does to connections what networks do: delays, resets,
+//! partitions that heal, and bytes that vanish.
+//!
+//! TCP never loses bytes in the middle of a stream. So a connection on which
+//! bytes have vanished stays dead in that direction for good, even when the
+//! fault is over: it can only be given up or reset.
+
+use std::{net::SocketAddr, time::Duration};
+
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::{mpsc, watch},
+    task::JoinHandle,
+    time::Instant,
+};
+
+/// Passes connections on to a server, with faults on demand. Ends when dropped.
+pub struct FaultProxy {
+    addr: SocketAddr,
+    upstream: SocketAddr,
+    behaviour: watch::Sender<Behaviour>,
+    /// None while new connections are refused.
+    accepting: Option<JoinHandle<()>>,
+}
+
+/// Which way bytes vanish.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    ToServer,
+    FromServer,
+    Both,
+}
+
+/// What happens to every connection at the moment.
+#[derive(Clone, Copy, Debug, Default)]
+struct Behaviour {
+    /// Every byte arrives later by this, in both directions.
+    delay: Duration,
+    /// Bytes wait, and arrive when this is over.
+    held: bool,
+    /// Bytes vanish this way.
+    swallowed: Option<Direction>,
+    /// Connections that are older than the last of these resets are ended.
+    resets: u64,
+}
+
+// === impl FaultProxy ===
+
+impl FaultProxy {
+    pub async fn start(upstream: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut proxy = Self {
+            addr: listener.local_addr().unwrap(),
+            upstream,
+            behaviour: watch::Sender::default(),
+            accepting: None,
+        };
+        proxy.accept_from(listener);
+        proxy
+    }
+
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Its address as a URL for clients of Redis.
+    pub fn url(&self) -> String {
+        format!("redis://{}", self.addr)
+    }
+
+    /// From now on every byte arrives later by this; zero ends it.
+    pub fn delay(&self, delay: Duration) {
+        self.behaviour.send_modify(|now| now.delay = delay);
+    }
+
+    /// A partition that will heal: bytes wait until [`Self::release`].
+    pub fn hold(&self) {
+        self.behaviour.send_modify(|now| now.held = true);
+    }
+
+    /// Lets go of what was held.
+    pub fn release(&self) {
+        self.behaviour.send_modify(|now| now.held = false);
+    }
+
+    /// A black hole: bytes vanish, on new connections too.
+    pub fn swallow(&self, direction: Direction) {
+        let swallowed = Some(direction);
+        self.behaviour.send_modify(|now| now.swallowed = swallowed);
+    }
+
+    /// Ends the black hole. Connections that lost bytes stay as they are.
+    pub fn stop_swallowing(&self) {
+        self.behaviour.send_modify(|now| now.swallowed = None);
+    }
+
+    /// Ends all connections by RST.
+    pub fn reset_all(&self) {
+        self.behaviour.send_modify(|now| now.resets += 1);
+    }
+
+    /// Refuses new connections, as a host without a server does.
+    pub async fn refuse(&mut self) {
+        if let Some(accepting) = self.accepting.take() {
+            accepting.abort();
+            // The port is free when the task is gone.
+            let _ = accepting.await;
+        }
+    }
+
+    /// Takes new connections again.
+    pub async fn accept(&mut self) {
+        if self.accepting.is_some() {
+            return;
+        }
+        let begin = Instant::now();
+        loop {
+            match TcpListener::bind(self.addr).await {
+                Ok(listener) => return self.accept_from(listener),
+                // A client of somebody else may hold the port for a moment.
+                Err(error) => assert!(
+                    begin.elapsed() < Duration::from_secs(5),
+                    "{}: {error}",
+                    self.addr
+                ),
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    fn accept_from(&mut self, listener: TcpListener) {
+        let (upstream, behaviour) = (self.upstream, self.behaviour.subscribe());
+        self.accepting = Some(tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                tokio::spawn(pass(client, upstream, behaviour.clone()));
+            }
+        }));
+    }
+}
+
+impl Drop for FaultProxy {
+    fn drop(&mut self) {
+        if let Some(accepting) = &self.accepting {
+            accepting.abort();
+        }
+    }
+}
+
+/// Carries one connection until either end closes it, it is reset, or the proxy
+/// is gone.
+async fn pass(
+    mut client: TcpStream,
+    upstream: SocketAddr,
+    mut behaviour: watch::Receiver<Behaviour>,
+) {
+    let resets_before = behaviour.borrow().resets;
+    // A server that is gone looks to the client as if there were no proxy.
+    let mut reset = true;
+    if let Ok(mut server) = TcpStream::connect(upstream).await {
+        let _ = (client.set_nodelay(true), server.set_nodelay(true));
+        {
+            let (from_client, to_client) = client.split();
+            let (from_server, to_server) = server.split();
+            let requests = pump(
+                from_client,
+                to_server,
+                Direction::ToServer,
+                behaviour.clone(),
+            );
+            let replies = pump(
+                from_server,
+                to_client,
+                Direction::FromServer,
+                behaviour.clone(),
+            );
+            tokio::select! {
+                () = requests => reset = false,
+                () = replies => reset = false,
+                _ = behaviour.wait_for(|now| now.resets > resets_before) => {}
+            }
+        }
+        if reset {
+            let _ = server.set_zero_linger();
+        }
+    }
+    if reset {
+        let _ = client.set_zero_linger();
+    }
+}
+
+/// Carries bytes one way until the connection ends. Never ends once bytes have
+/// vanished: who cannot be heard cannot say goodbye either.
+async fn pump(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    way: Direction,
+    behaviour: watch::Receiver<Behaviour>,
+) {
+    let (sender, mut line) = mpsc::unbounded_channel::<(Instant, Vec<u8>)>();
+    let mut gate = behaviour.clone();
+    let read = async move {
+        let mut buffer = vec![0; 64 * 1024];
+        let mut dead = false;
+        loop {
+            let count = from.read(&mut buffer).await.unwrap_or(0);
+            let now = *behaviour.borrow();
+            dead |= now
+                .swallowed
+                .is_some_and(|swallowed| swallowed == Direction::Both || swallowed == way);
+            if dead && count == 0 {
+                std::future::pending::<()>().await;
+            }
+            if count == 0 {
+                return;
+            }
+            if !dead {
+                let _ = sender.send((Instant::now() + now.delay, buffer[..count].to_vec()));
+            }
+        }
+    };
+    let write = async move {
+        while let Some((due, bytes)) = line.recv().await {
+            tokio::time::sleep_until(due).await;
+            if gate.wait_for(|now| !now.held).await.is_err() || to.write_all(&bytes).await.is_err()
+            {
+                return;
+            }
+        }
+    };
+    // What was read before the end is still written.
+    tokio::pin!(read, write);
+    tokio::select! {
+        () = &mut read => write.await,
+        () = &mut write => {}
+    }
+}

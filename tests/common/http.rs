@@ -1,0 +1,58 @@
+//! A GET over HTTP/1.1, as small as the probes and metrics need it: a library
+//! would bring more than these lines.
+
+use std::{io, time::Duration};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
+/// What a server answered.
+#[derive(Debug)]
+pub struct HttpReply {
+    /// Such as 200.
+    pub status: u16,
+    pub body: String,
+}
+
+/// Gets `path` from `addr` (`host:port`), at most within `bound`.
+pub async fn get(addr: &str, path: &str, bound: Duration) -> io::Result<HttpReply> {
+    let exchange = async {
+        let mut connection = TcpStream::connect(addr).await?;
+        let request = format!("GET {path} HTTP/1.1\r\nhost: {addr}\r\nconnection: close\r\n\r\n");
+        connection.write_all(request.as_bytes()).await?;
+        let mut reply = Vec::new();
+        connection.read_to_end(&mut reply).await?;
+        parse(&String::from_utf8_lossy(&reply)).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    };
+    tokio::time::timeout(bound, exchange).await?
+}
+
+fn parse(reply: &str) -> Option<HttpReply> {
+    let (head, body) = reply.split_once("\r\n\r\n")?;
+    let status = head.split(' ').nth(1)?.parse().ok()?;
+    let chunked = head
+        .lines()
+        .any(|line| line.eq_ignore_ascii_case("transfer-encoding: chunked"));
+    let body = if chunked {
+        joined(body)?
+    } else {
+        body.to_owned()
+    };
+    Some(HttpReply { status, body })
+}
+
+/// Puts the chunks of a body together; None when the last one is missing.
+fn joined(mut chunks: &str) -> Option<String> {
+    let mut body = String::new();
+    loop {
+        let (size, rest) = chunks.split_once("\r\n")?;
+        let size = usize::from_str_radix(size.split(';').next()?.trim(), 16).ok()?;
+        if size == 0 {
+            return Some(body);
+        }
+        body += rest.get(..size)?;
+        chunks = rest.get(size + 2..)?;
+    }
+}
