@@ -2,11 +2,12 @@
 # `run` needs Rust, gcc and make; the rest needs what `tools` installs.
 
 .DEFAULT_GOAL := help
-.PHONY: run test lint tools proto-image clean-tools next-step help
+.PHONY: run test chaos lint tools proto-image clean-tools next-step help
 .NOTPARALLEL:
 
 PROTO_IMAGE := proto/groupstate.v1.binpb
 BUF := .tools/bin/buf
+SEEDS ?= 1..20
 
 run: ## Build and start the service, by default with groups in memory; ARGS='--redis-url …' adds settings
 	cargo build --release --locked
@@ -15,6 +16,10 @@ run: ## Build and start the service, by default with groups in memory; ARGS='--r
 
 test: tools ## Install what the tests need, then run them all
 	cargo test --locked
+
+chaos: tools ## Try many fault schedules; SEEDS=1..100 (or a count), POLICY=discard or reconcile, JOBS=2 side by side
+	CHAOS_SEEDS='$(SEEDS)' CHAOS_POLICY='$(POLICY)' CHAOS_JOBS='$(JOBS)' \
+		cargo test --locked --test chaos many_seeds -- --ignored --nocapture
 
 lint: tools ## Check formatting, clippy, and that the proto is well-formed and compatible
 	cargo fmt --check

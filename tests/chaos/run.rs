@@ -1,0 +1,332 @@
+//! One run: starts Redis and the instances, lets clients work while the faults
+//! of the plan happen, and has all of it judged.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use redis::{AsyncCommands, AsyncIter};
+use tokio::{
+    task::{JoinHandle, JoinSet},
+    time::{Instant, sleep, sleep_until},
+};
+
+use super::{
+    clients::{Live, RunClock, Sabotage, Writer},
+    evidence::{Evidence, Stall, Struck},
+    faults::Site,
+    history::{Call, Content, Found, Key, Role},
+    oracle::judge,
+    schedule::{After, Plan},
+    verdict::Verdict,
+    watch::{self, Seen, resident_bytes},
+    wire::FLEETING_TTL,
+};
+use crate::common::service::Service;
+
+/// A run to be made.
+#[derive(Clone, Debug)]
+pub struct Run {
+    pub plan: Plan,
+    pub sabotage: Sabotage,
+    /// Groups that are deleted in Redis at the end, behind everybody's back.
+    pub deleted_behind: usize,
+}
+
+/// What came of it.
+pub struct Outcome {
+    pub plan: Plan,
+    pub evidence: Evidence,
+    pub verdict: Verdict,
+}
+
+/// The parts of a run while it goes on.
+struct Stage {
+    site: Site,
+    services: Vec<Arc<Service>>,
+    first_resident_bytes: Vec<usize>,
+    clock: RunClock,
+    live: Arc<Live>,
+    /// When groups that expire soon were stored last.
+    last_fleeting: Instant,
+    stop_watching: Arc<AtomicBool>,
+    writers: JoinSet<Vec<Call>>,
+    watchers: Vec<JoinHandle<Seen>>,
+    stalls: JoinHandle<Vec<Stall>>,
+}
+
+const WRITERS: usize = 6;
+/// Keys that two writers of an instance share.
+const SHARED_KEYS: u32 = 2;
+const MIRROR_MAX_BYTES: usize = 64 << 20;
+/// Calls before the first fault, so that there is something to lose.
+const WARM_UP: Duration = Duration::from_millis(700);
+/// Between a recovery and the next fault or the end.
+const QUIET: Duration = Duration::from_millis(300);
+/// Redis is used again within 2 s; then what is dirty is carried over. Not more
+/// than a few hundred groups are.
+const SETTLED_WITHIN: Duration = Duration::from_secs(3);
+/// Memory is exact to a second about expiry.
+const EXPIRED_WITHIN: Duration = Duration::from_millis(1_500);
+
+// === impl Run ===
+
+impl Run {
+    pub fn of(plan: Plan) -> Self {
+        Self {
+            plan,
+            sabotage: Sabotage::None,
+            deleted_behind: 0,
+        }
+    }
+
+    pub async fn make(self) -> Outcome {
+        let mut stage = Stage::set(&self).await;
+        sleep(WARM_UP).await;
+        let faults = stage.play(&self.plan).await;
+        let evidence = stage.strike_set(&self, faults).await;
+        Outcome {
+            verdict: judge(&evidence),
+            plan: self.plan,
+            evidence,
+        }
+    }
+}
+
+// === impl Stage ===
+
+impl Stage {
+    /// Starts everything.
+    async fn set(run: &Run) -> Self {
+        let plan = &run.plan;
+        let proxies = if plan.proxied { plan.instances } else { 0 };
+        let site = Site::start(plan.persists, proxies).await;
+        let mut services = Vec::new();
+        for instance in 0..plan.instances {
+            services.push(Arc::new(start_service(plan, &site, instance).await));
+        }
+        for service in &services {
+            wait_until_settled(service).await.expect("a healthy start");
+        }
+        let clock = RunClock::start();
+        let live = Arc::new(Live::new(plan.instances));
+        let stop_watching: Arc<AtomicBool> = Arc::default();
+        let watchers = services
+            .iter()
+            .map(|service| tokio::spawn(watch::watch(service.clone(), stop_watching.clone())))
+            .collect();
+        let stalls = tokio::spawn(watch::watch_stalls(clock, stop_watching.clone()));
+        let mut writers = JoinSet::new();
+        for number in 0..WRITERS {
+            let instance = number % plan.instances;
+            let client = services[instance].client().await;
+            let mut writer = Writer::new(number, instance, client, clock, live.clone(), plan.seed);
+            writer.sabotage = run.sabotage;
+            if number / plan.instances < 2 {
+                writer.shared = (0..SHARED_KEYS)
+                    .map(|number| Key {
+                        role: Role::Shared,
+                        owner: instance,
+                        number,
+                    })
+                    .collect();
+            }
+            writers.spawn(writer.run());
+        }
+        Self {
+            first_resident_bytes: services
+                .iter()
+                .map(|service| resident_bytes(service))
+                .collect(),
+            site,
+            services,
+            clock,
+            live,
+            last_fleeting: Instant::now(),
+            stop_watching,
+            writers,
+            watchers,
+            stalls,
+        }
+    }
+
+    /// Lets the faults happen, one after the other.
+    async fn play(&mut self, plan: &Plan) -> Vec<Struck> {
+        let mut faults = Vec::new();
+        let mut healthy = true;
+        for (number, step) in plan.steps.iter().enumerate() {
+            let began = self.clock.now();
+            self.site.strike(step).await;
+            let ended = self.clock.now();
+            self.site.wait_until_writable(step).await;
+            let writable = self.clock.now();
+            let from_health = healthy;
+            let is_last = number + 1 == plan.steps.len();
+            if is_last {
+                self.stop_fleeting();
+            }
+            let awaited = is_last || step.after == After::Recovered;
+            healthy = match step.after {
+                After::Soon(pause) if !is_last => {
+                    sleep(pause).await;
+                    false
+                }
+                _ => self.wait_until_recovered(writable).await,
+            };
+            if awaited {
+                sleep(QUIET).await;
+            }
+            faults.push(Struck {
+                step: *step,
+                began,
+                ended,
+                writable,
+                wiped: self.site.is_wiped_by(step.fault),
+                from_health,
+                awaited,
+            });
+        }
+        faults
+    }
+
+    fn stop_fleeting(&mut self) {
+        self.live.stop_fleeting.store(true, Ordering::Relaxed);
+        // A call under way may take a second.
+        self.last_fleeting = Instant::now() + Duration::from_secs(1);
+    }
+
+    /// Waits until every instance answers from Redis. False when one does not in
+    /// time: the oracle will say so.
+    async fn wait_until_recovered(&self, since: Duration) -> bool {
+        let begin = Instant::now();
+        'wait: while begin.elapsed() < SETTLED_WITHIN {
+            sleep(Duration::from_millis(20)).await;
+            for (instance, service) in self.services.iter().enumerate() {
+                if !self.live.answered_from_redis_since(instance, since)
+                    || watch::is_settled(service).await.is_err()
+                {
+                    continue 'wait;
+                }
+            }
+            return true;
+        }
+        false
+    }
+
+    /// Ends the run and collects what is known of it.
+    async fn strike_set(mut self, run: &Run, faults: Vec<Struck>) -> Evidence {
+        if run.plan.steps.is_empty() {
+            self.stop_fleeting();
+        }
+        self.live.stop.store(true, Ordering::Relaxed);
+        let mut calls: Vec<Call> = Vec::new();
+        while let Some(of_writer) = self.writers.join_next().await {
+            calls.extend(of_writer.expect("no writer panics"));
+        }
+        calls.sort_by_key(|call| call.end);
+        let mut unsettled = Vec::new();
+        for service in &self.services {
+            unsettled.push(wait_until_settled(service).await.err());
+        }
+        if calls.iter().any(|call| call.key.role == Role::Fleeting) {
+            sleep_until(self.last_fleeting + FLEETING_TTL + EXPIRED_WITHIN).await;
+        }
+        let mut finals = read_all(&self.site).await;
+        for name in victims(&finals).into_iter().take(run.deleted_behind) {
+            let mut connection = self.site.redis.connect().await;
+            let () = connection
+                .del(format!("group:{name}"))
+                .await
+                .expect("it is up");
+            finals = read_all(&self.site).await;
+        }
+        let end = self.clock.now();
+        self.stop_watching.store(true, Ordering::Relaxed);
+        let mut instances = Vec::new();
+        for (number, watcher) in self.watchers.into_iter().enumerate() {
+            let seen = watcher.await.expect("no watcher panics");
+            let service = Arc::get_mut(&mut self.services[number]).expect("its watcher has ended");
+            let first = self.first_resident_bytes[number];
+            let mut record = watch::record(service, seen, first, MIRROR_MAX_BYTES, self.clock);
+            record.unsettled = unsettled[number].take();
+            instances.push(record);
+        }
+        Evidence {
+            policy: run.plan.policy,
+            calls,
+            finals,
+            end,
+            faults,
+            instances,
+            stalls: self.stalls.await.expect("it does not panic"),
+        }
+    }
+}
+
+async fn start_service(plan: &Plan, site: &Site, instance: usize) -> Service {
+    let url = format!("redis://{}", site.addr_for(instance));
+    let policy = plan.policy.to_string();
+    let mirror = MIRROR_MAX_BYTES.to_string();
+    // It sleeps while it waits, which would hold up the clients of other runs.
+    let start = move || {
+        Service::start(&[
+            "--redis-url",
+            &url,
+            "--mirror-max-bytes",
+            &mirror,
+            "--on-recovery",
+            &policy,
+        ])
+    };
+    let started = tokio::task::spawn_blocking(start).await;
+    started.expect("the service starts")
+}
+
+async fn wait_until_settled(service: &Service) -> Result<(), String> {
+    let begin = Instant::now();
+    loop {
+        let settled = watch::is_settled(service).await;
+        if settled.is_ok() || begin.elapsed() > SETTLED_WITHIN {
+            return settled;
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// All groups of the run as they lie in Redis, by group key.
+async fn read_all(site: &Site) -> BTreeMap<String, Found> {
+    let mut connection = site.redis.connect().await;
+    let mut keys = Vec::new();
+    {
+        let pattern = format!("group:{}*", Key::PREFIX);
+        let mut scan: AsyncIter<String> = connection.scan_match(pattern).await.expect("it is up");
+        while let Some(key) = scan.next_item().await {
+            keys.push(key.expect("the writers' keys are ASCII"));
+        }
+    }
+    let mut groups = BTreeMap::new();
+    for key in keys {
+        let document: Option<String> = connection.get(&key).await.expect("it is a string");
+        // It may expire between the listing and the reading.
+        if let Some(document) = document {
+            let name = key.trim_start_matches("group:").to_owned();
+            groups.insert(name, Content::of_document(&document));
+        }
+    }
+    groups
+}
+
+/// Groups to delete behind everybody's back.
+fn victims(finals: &BTreeMap<String, Found>) -> Vec<String> {
+    let own = format!("{}own/", Key::PREFIX);
+    finals
+        .keys()
+        .filter(|name| name.starts_with(&own))
+        .cloned()
+        .collect()
+}
