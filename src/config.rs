@@ -36,8 +36,9 @@ pub struct Settings {
     )]
     pub http_addr: SocketAddr,
 
-    /// Where Redis is, as redis://[[user]:password@]host[:port][/database]. Without it, groups are
-    /// kept in memory and do not survive a restart.
+    /// Where Redis is, as redis://[[user]:password@]host[:port][/database], or for a cluster as
+    /// redis-cluster://[[user]:password@]host[:port][?node=host:port]. Without it, groups are kept
+    /// in memory and do not survive a restart.
     #[arg(
         long,
         env = "GROUPSTATE_REDIS_URL",
@@ -373,7 +374,11 @@ mod tests {
             (&["--default-ttl", "100ms"], "--default-ttl"),
             (&["--default-ttl", "10d", "--max-ttl", "1d"], "--max-ttl"),
             (&["--redis-url", "localhost"], "--redis-url"),
-            (&["--redis-url", "redis-cluster://localhost"], "--redis-url"),
+            (&["--redis-url", "redis-cluster://host:port"], "--redis-url"),
+            (
+                &["--redis-url", "redis-sentinel://localhost"],
+                "--redis-url",
+            ),
             (&["--redis-url", "rediss://localhost"], "--redis-url"),
             (&["--redis-username", "x"], "--redis-url"),
             (&["--log-level", "loud"], "--log-level"),

@@ -171,10 +171,11 @@ impl GroupKey {
         }
     }
 
-    /// The key under which an instance probes whether Redis takes writes. It is
-    /// no group's: it begins with a control character.
-    pub fn probe(instance: &InstanceId) -> Self {
-        Self(format!("\u{1}probe:{}", instance.as_str()).into())
+    /// A key under which an instance probes whether Redis takes writes. It is
+    /// no group's: it begins with a control character. `ending` tells those of
+    /// several servers apart.
+    pub fn probe(instance: &InstanceId, ending: &str) -> Self {
+        Self(format!("\u{1}probe:{}{ending}", instance.as_str()).into())
     }
 
     pub fn as_str(&self) -> &str {

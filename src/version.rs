@@ -217,11 +217,6 @@ impl IntervalClock {
     pub fn earliest_remote(&self, local: i64) -> Option<i64> {
         self.offset.map(|offset| local + offset.at(local).lowest)
     }
-
-    /// Forgets everything: the connection may lead to another server now.
-    pub fn forget(&mut self) {
-        self.offset = None;
-    }
 }
 
 // === impl OffsetInterval ===
@@ -301,8 +296,6 @@ mod tests {
         clock.observe(200, 300, 500_000);
         let earliest = clock.earliest_remote(300).unwrap();
         assert!((499_900..=500_000).contains(&earliest), "{earliest}");
-        clock.forget();
-        assert_eq!(clock.earliest_remote(300), None);
     }
 
     proptest! {

@@ -10,7 +10,7 @@ use std::{
 };
 
 use clap::CommandFactory;
-use common::{redis_server::RedisServer, service::Service, tool};
+use common::{redis_cluster::RedisCluster, redis_server::RedisServer, service::Service, tool};
 use groupstate::{
     config::Settings,
     grpc::{
@@ -200,20 +200,39 @@ fn the_files_that_are_linked_to_exist() {
 
 #[tokio::test]
 async fn the_acl_line_is_enough_for_every_call() {
+    let redis = RedisServer::start().await;
+    makes_every_call_under_the_acl_line(&redis.url(), &[&redis]).await;
+}
+
+#[tokio::test]
+async fn the_acl_line_is_enough_for_every_call_on_a_cluster() {
+    let cluster = RedisCluster::start().await;
+    let nodes: Vec<_> = cluster.primaries.iter().collect();
+    makes_every_call_under_the_acl_line(&cluster.url(), &nodes).await;
+}
+
+async fn makes_every_call_under_the_acl_line(url: &str, nodes: &[&RedisServer]) {
     let readme = readme();
     let line = readme
         .lines()
         .find(|line| line.starts_with("user groupstate "))
         .expect("the README has an ACL line");
-    let words: Vec<&str> = line.split(' ').collect();
-    let redis = RedisServer::start_with(&[&["--user"], &words[1..]].concat()).await;
+    let words: Vec<&str> = line.split(' ').skip(1).collect();
+    for node in nodes {
+        let mut set_user = redis::cmd("ACL");
+        let set_user = set_user.arg("SETUSER").arg(&words);
+        let () = set_user
+            .query_async(&mut node.connect().await)
+            .await
+            .unwrap();
+    }
 
     let folder = tempfile::tempdir().unwrap();
     let password_file = folder.path().join("password");
     fs::write(&password_file, "CHANGE-ME\n").unwrap();
     let service = Service::start(&[
         "--redis-url",
-        &redis.url(),
+        url,
         "--redis-username",
         "groupstate",
         "--redis-password-file",
@@ -229,13 +248,14 @@ async fn the_acl_line_is_enough_for_every_call() {
         }),
         ..Default::default()
     };
-    client
+    let stored = client
         .store(pb::StoreRequest {
             group: Some(group("a")),
             expiry: None,
         })
         .await
         .unwrap();
+    assert_eq!(stored.get_ref().backend(), pb::Backend::Redis);
     let swap = client
         .compare_and_swap(pb::CompareAndSwapRequest {
             group: Some(group("a")),
@@ -284,12 +304,14 @@ async fn the_acl_line_is_enough_for_every_call() {
     assert!(client.delete(request).await.unwrap().get_ref().deleted);
 
     // What was refused would be in here.
-    let refused: Vec<redis::Value> = redis::cmd("ACL")
-        .arg("LOG")
-        .query_async(&mut redis.connect().await)
-        .await
-        .unwrap();
-    assert!(refused.is_empty(), "{refused:?}");
+    for node in nodes {
+        let refused: Vec<redis::Value> = redis::cmd("ACL")
+            .arg("LOG")
+            .query_async(&mut node.connect().await)
+            .await
+            .unwrap();
+        assert!(refused.is_empty(), "{refused:?}");
+    }
 }
 
 // === helpers ===

@@ -7,14 +7,16 @@
 //! |---|---|
 //! | `heartbeat`, one a connection | PINGs; opens the switch, replaces a dead connection |
 //! | `probe` | closes the switch |
-//! | `look_after` | looks at the server behind a new connection; keeps the probe key fresh |
+//! | `look_after` | looks at the server behind a new connection; keeps the probe keys fresh |
 //! | [`BringBack::run`] | tells Redis what memory holds, then fills the mirror |
 
 use std::{
+    collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
+use futures::future::try_join_all;
 use tokio::{
     task::JoinSet,
     time::{Instant, MissedTickBehavior},
@@ -48,22 +50,24 @@ struct Watch {
     switch: Arc<Switch>,
     bring_back: Arc<BringBack>,
     trip_after: Duration,
-    probe_key: GroupKey,
+    instance: InstanceId,
     write_ids: WriteIds,
     /// None until Redis has answered for the first time.
     server: tokio::sync::Mutex<Option<KnownServer>>,
     pong: Mutex<Option<Pong>>,
 }
 
-/// The Redis process that we know.
+/// Versions of probe keys, one key on each server, as we wrote them last.
+type Probes = HashMap<GroupKey, Version>;
+
+/// The Redis process that we know; of a cluster, those of all primaries.
 #[derive(Clone, Debug)]
 struct KnownServer {
     run_id: String,
-    /// The version of the probe key as we wrote it last.
-    probe: Version,
+    probes: Probes,
     maxmemory_policy: String,
     /// What was found of another process, until an epoch has begun with it: as
-    /// soon as the probe key is written there, it can be found no more.
+    /// soon as the probe keys are written there, it can be found no more.
     found: Option<(String, Server)>,
 }
 
@@ -99,7 +103,7 @@ impl Recovery {
                 switch.clone(),
                 instance,
             )),
-            probe_key: GroupKey::probe(instance),
+            instance: instance.clone(),
             write_ids: WriteIds::of_its_own(instance),
             server: tokio::sync::Mutex::new(None),
             pong: Mutex::new(None),
@@ -163,7 +167,7 @@ impl Recovery {
 impl Watch {
     const HEARTBEAT: Duration = Duration::from_millis(200);
     const PROBE_BOUND: Duration = Duration::from_millis(250);
-    /// The probe key is written this often. What Redis took since then may be
+    /// The probe keys are written this often. What Redis took since then may be
     /// missing after a crash although the probe is there.
     const PROBE_REFRESH: Duration = Duration::from_secs(1);
     /// Longer than an outage that anybody has patience for; a key of an instance
@@ -248,21 +252,21 @@ impl Watch {
         }
     }
 
-    /// Looks at the server, then writes the probe key as groups are written.
+    /// Looks at the server, then writes the probe keys as groups are written.
     async fn probe_write(&self) -> Result<Server, NotDone> {
         let mut known = self.server.lock().await;
         let look = self.look(known.as_mut()).await?;
-        let probe = self.write_probe(Condition::Any).await?;
+        let probes = self.write_probes(&Probes::new()).await?;
         if self.redis.server(Deadline::NONE).await?.run_id != look.run_id {
-            // The probe lies in another server than the one we looked at.
+            // The probes lie in another server than the one we looked at.
             return Err(StoreError::Unavailable("Redis was replaced again".into()).into());
         }
         self.check_policy(known.as_ref(), &look);
         *known = Some(KnownServer {
             run_id: look.run_id,
             maxmemory_policy: look.maxmemory_policy,
-            // An unconditional write meets no conflict.
-            probe: probe.unwrap_or(Version::FIRST),
+            // Unconditional writes meet no conflict.
+            probes: probes.unwrap_or_default(),
             found: None,
         });
         Ok(look.server)
@@ -280,12 +284,7 @@ impl Watch {
                 ..
             }) if *of == run_id => *server,
             Some(known) => {
-                let found = self
-                    .redis
-                    .read_document(&self.probe_key, true, Deadline::NONE)
-                    .await?;
-                let probe = found.and_then(|found| found.document.version());
-                let server = if probe >= Some(known.probe) {
+                let server = if self.holds_all(&known.probes).await? {
                     Server::Restarted
                 } else {
                     Server::LostData
@@ -301,10 +300,39 @@ impl Watch {
         })
     }
 
-    /// Writes the probe key; None if the condition does not hold.
-    async fn write_probe(&self, condition: Condition) -> Result<Option<Version>, NotDone> {
+    /// Whether Redis holds these probes, or newer ones.
+    async fn holds_all(&self, probes: &Probes) -> Result<bool, NotDone> {
+        let holds = probes.iter().map(async |(key, probe)| {
+            let found = self.redis.read_document(key, true, Deadline::NONE).await?;
+            let version = found.and_then(|found| found.document.version());
+            Ok::<_, NotDone>(version >= Some(*probe))
+        });
+        let holds = try_join_all(holds).await?;
+        Ok(holds.into_iter().all(|holds| holds))
+    }
+
+    /// Writes a probe key on every server, each in place of `previous` if that
+    /// has it. None if one of those is not there any more.
+    async fn write_probes(&self, previous: &Probes) -> Result<Option<Probes>, NotDone> {
+        let keys = self.redis.probe_keys(&self.instance);
+        let writes = keys.into_iter().map(async |key| {
+            let previous = previous.get(&key).copied();
+            let condition = previous.map_or(Condition::Any, Condition::Version);
+            let probe = self.write_probe(&key, condition).await?;
+            Ok::<_, NotDone>(probe.map(|probe| (key, probe)))
+        });
+        let written = try_join_all(writes).await?;
+        Ok(written.into_iter().collect())
+    }
+
+    /// Writes a probe key; None if the condition does not hold.
+    async fn write_probe(
+        &self,
+        key: &GroupKey,
+        condition: Condition,
+    ) -> Result<Option<Version>, NotDone> {
         let group = AlertGroup {
-            key: self.probe_key.clone(),
+            key: key.clone(),
             alerts: Default::default(),
             metadata: GroupMetadata::default(),
         };
@@ -339,7 +367,7 @@ impl Watch {
     }
 
     /// While Redis answers: looks at the server behind each new connection, and
-    /// keeps the probe key fresh, which also shows whether Redis takes writes
+    /// keeps the probe keys fresh, which also shows whether Redis takes writes
     /// when nobody writes.
     async fn look_after(self: Arc<Self>) {
         let mut connected = self.redis.connected();
@@ -357,7 +385,7 @@ impl Watch {
             let done = if reconnected {
                 self.look_again(period).await
             } else {
-                self.refresh_probe(period).await
+                self.refresh_probes(period).await
             };
             if let Err(NotDone {
                 cause: Cause::Unwell(reason),
@@ -369,24 +397,25 @@ impl Watch {
         }
     }
 
-    /// Writes the probe key in place of the one that was written last: if that
+    /// Writes each probe key in place of the one that was written last: if that
     /// is not there, the server is another one, or has lost it.
-    async fn refresh_probe(&self, period: u64) -> Result<(), NotDone> {
+    async fn refresh_probes(&self, period: u64) -> Result<(), NotDone> {
         let mut known = self.server.lock().await;
         let Some(server) = known.as_mut() else {
             return Ok(());
         };
-        let condition = Condition::Version(server.probe);
-        let mut probe = self.write_probe(condition).await?;
-        if probe.is_none() {
+        let mut probes = self.write_probes(&server.probes).await?;
+        if probes.is_none() {
             self.look_at(server, period).await?;
             // If the switch has opened, `probe_write` goes on with what was
             // found.
             if self.switch.redis_period() == Some(period) {
-                probe = self.write_probe(Condition::Any).await?;
+                probes = self.write_probes(&Probes::new()).await?;
             }
         }
-        server.probe = probe.unwrap_or(server.probe);
+        if let Some(probes) = probes {
+            server.probes = probes;
+        }
         Ok(())
     }
 

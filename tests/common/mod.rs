@@ -7,6 +7,7 @@ pub mod fault_proxy;
 pub mod http;
 pub mod lossy_proxy;
 pub mod proxy;
+pub mod redis_cluster;
 pub mod redis_server;
 pub mod service;
 

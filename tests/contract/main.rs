@@ -12,9 +12,15 @@ mod listing;
 mod lost_replies;
 mod suite;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
-use common::redis_server::RedisServer;
+use common::{redis_cluster::RedisCluster, redis_server::RedisServer};
 use groupstate::{
     store::{
         GroupStore,
@@ -26,7 +32,7 @@ use groupstate::{
     },
     version::InstanceId,
 };
-use tokio::time::Instant;
+use tokio::{sync::Mutex, time::Instant};
 
 const MAX_DOCUMENT_BYTES: usize = 1 << 20;
 
@@ -48,6 +54,23 @@ async fn redis_store() -> (Arc<dyn GroupStore>, RedisServer) {
         store_at(&server.url(), Duration::from_millis(250)).await,
         server,
     )
+}
+
+/// A Redis store on a cluster, with keys of its own. A cluster takes seconds to
+/// form, so tests that run at the same time share one.
+async fn cluster_store() -> (Arc<dyn GroupStore>, Arc<RedisCluster>) {
+    static SHARED: Mutex<Weak<RedisCluster>> = Mutex::const_new(Weak::new());
+    static STORES: AtomicU32 = AtomicU32::new(0);
+
+    let mut shared = SHARED.lock().await;
+    let cluster = match shared.upgrade() {
+        Some(cluster) => cluster,
+        None => Arc::new(RedisCluster::start().await),
+    };
+    *shared = Arc::downgrade(&cluster);
+    let prefix = format!("store {}:", STORES.fetch_add(1, Ordering::Relaxed));
+    let store = store_of(&cluster.url(), &prefix, Duration::from_secs(1)).await;
+    (store, cluster)
 }
 
 /// Redis with memory behind it, while Redis answers.
@@ -75,8 +98,13 @@ async fn failover_store() -> (Arc<dyn GroupStore>, RedisServer) {
 
 /// A store on the Redis at `url`. Each is an instance of its own.
 async fn store_at(url: &str, timeout: Duration) -> Arc<dyn GroupStore> {
+    store_of(url, "group:", timeout).await
+}
+
+/// The same, whose keys begin with `prefix`.
+async fn store_of(url: &str, prefix: &str, timeout: Duration) -> Arc<dyn GroupStore> {
     let settings = RedisSettings::new(url, 2, timeout).unwrap();
-    let store = RedisStore::open(&settings, "group:", MAX_DOCUMENT_BYTES).unwrap();
+    let store = RedisStore::open(&settings, prefix, MAX_DOCUMENT_BYTES).unwrap();
     assert!(store.wait(Instant::now() + Duration::from_secs(5)).await);
     Arc::new(Documents::new(
         store,
@@ -126,4 +154,4 @@ macro_rules! every_store_keeps_the_contract {
     )*};
 }
 
-every_store_keeps_the_contract!(memory_store, redis_store, failover_store);
+every_store_keeps_the_contract!(memory_store, redis_store, cluster_store, failover_store);

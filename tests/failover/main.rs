@@ -6,6 +6,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod cluster;
 mod life;
 mod mirror;
 mod opening;

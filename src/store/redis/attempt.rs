@@ -4,7 +4,7 @@
 use std::{future::Future, sync::Mutex, time::Duration};
 
 use fred::{
-    prelude::{Client, ClientLike, Error, Value},
+    prelude::{Client, ClientLike, Error, Options, Value},
     types::{ClusterHash, CustomCommand},
 };
 use tokio::time::Instant;
@@ -13,6 +13,7 @@ use super::{
     NotDone,
     connection::{Connections, lock},
     fault::Fault,
+    topology::{Node, Place},
 };
 use crate::store::{Deadline, StoreError};
 
@@ -39,13 +40,15 @@ pub struct Attempts<'a> {
     made: u32,
     /// Whether any attempt had no answer within its time.
     timed_out: bool,
+    /// Whether the last attempt was redirected.
+    redirected: bool,
     /// Why the last attempt failed.
     reason: String,
 }
 
 /// One attempt at a call.
 pub struct Attempt {
-    pub client: Client,
+    client: Client,
     pub sent: Instant,
     /// A write is not executed later than this.
     pub until: Instant,
@@ -55,6 +58,18 @@ pub struct Attempt {
     /// When the first attempt was sent that may have been executed although its
     /// answer is missing.
     pub lost_since: Option<Instant>,
+    /// Whether the attempt before has found that the key is moving.
+    pub redirected: bool,
+}
+
+/// One command, and the server it is for.
+#[derive(Clone, Debug)]
+pub struct Call {
+    node: Node,
+    /// See [`Place::is_arriving`].
+    is_arriving: bool,
+    name: &'static str,
+    arguments: Vec<Value>,
 }
 
 /// What the attempts at a write may have left behind, known even after its
@@ -110,13 +125,15 @@ impl<'a> Attempts<'a> {
             hurried: deadline.instant().is_some_and(|at| at < ours),
             made: 0,
             timed_out: false,
+            redirected: false,
             reason: String::new(),
         }
     }
 
     /// Goes on after a first attempt that was made elsewhere.
-    pub fn after_first(mut self) -> Self {
+    pub fn after_first(mut self, fault: &Fault) -> Self {
         self.made = 1;
+        self.redirected = *fault == Fault::Redirected;
         self
     }
 
@@ -155,6 +172,7 @@ impl<'a> Attempts<'a> {
         let until = now + share(now);
         Attempt {
             client,
+            redirected: self.redirected,
             sent: now,
             until,
             answer_by: match self.trail {
@@ -168,9 +186,11 @@ impl<'a> Attempts<'a> {
     /// Takes in the fault of `attempt`. An error when repeating is of no use.
     pub fn failed(&mut self, attempt: &Attempt, fault: Fault) -> Result<(), NotDone> {
         self.timed_out |= Instant::now() >= attempt.answer_by;
+        self.redirected = fault == Fault::Redirected;
         match fault {
             Fault::Final(error) => return Err(NotDone::answered(error)),
             Fault::NotRun(text) | Fault::Lost(text) => self.reason = text,
+            Fault::Redirected => self.reason = "keys are moving between its servers".into(),
             Fault::NoScript => self.reason = "it does not keep the scripts it is given".into(),
         }
         Ok(())
@@ -201,35 +221,37 @@ impl<'a> Attempts<'a> {
 
 impl Attempt {
     /// Runs one command that changes no document.
-    pub async fn run(&self, command: CustomCommand, arguments: Vec<Value>) -> Result<Value, Fault> {
-        self.within(self.client.custom(command, arguments)).await
+    pub async fn run(&self, call: Call) -> Result<Value, Fault> {
+        if call.is_arriving {
+            let replies = self.pipeline(vec![call.asking(), call]).await?;
+            let missing = || Err(Fault::Lost("replies are missing".into()));
+            return replies.into_iter().nth(1).unwrap_or_else(missing);
+        }
+        let client = self.client.with_options(&call.options());
+        self.within(client.custom(call.command(), call.arguments))
+            .await
     }
 
     /// Runs one command that may change a document.
-    pub async fn run_write(
-        &self,
-        trail: &Trail,
-        command: CustomCommand,
-        arguments: Vec<Value>,
-    ) -> Result<Value, Fault> {
+    pub async fn run_write(&self, trail: &Trail, call: Call) -> Result<Value, Fault> {
         trail.sent(self);
-        let reply = self.run(command, arguments).await;
+        let reply = self.run(call).await;
         if !matches!(reply, Err(Fault::Lost(_))) {
             trail.answered();
         }
         reply
     }
 
-    /// Runs commands in one pipeline. One result each, in order.
-    pub async fn pipeline(
-        &self,
-        commands: Vec<(CustomCommand, Vec<Value>)>,
-    ) -> Result<Vec<Result<Value, Fault>>, Fault> {
+    /// Runs commands in one pipeline, those to one server right after each
+    /// other. One result each, in order.
+    pub async fn pipeline(&self, calls: Vec<Call>) -> Result<Vec<Result<Value, Fault>>, Fault> {
         let pipeline = self.client.pipeline();
-        let queued = commands.len();
-        for (command, arguments) in commands {
+        let queued = calls.len();
+        for call in calls {
+            let pipeline = pipeline.with_options(&call.options());
             // Answered at once; sent below.
-            let answer: Result<Value, Error> = pipeline.custom(command, arguments).await;
+            let answer: Result<Value, Error> =
+                pipeline.custom(call.command(), call.arguments).await;
             answer.map_err(|error| Fault::NotRun(error.details().to_owned()))?;
         }
         let replies = self
@@ -312,12 +334,43 @@ impl Left {
     }
 }
 
-/// A command on the key that is its first argument.
-pub fn on_key(command: &'static str) -> CustomCommand {
-    CustomCommand::new_static(command, ClusterHash::Offset(0), false)
-}
+// === impl Call ===
 
-/// A command without a key.
-pub fn on_any_node(command: &'static str) -> CustomCommand {
-    CustomCommand::new_static(command, ClusterHash::Random, false)
+impl Call {
+    /// A command without a key.
+    pub fn at(node: &Node, name: &'static str, arguments: Vec<Value>) -> Self {
+        Self {
+            node: node.clone(),
+            is_arriving: false,
+            name,
+            arguments,
+        }
+    }
+
+    /// A command on a key, which `arguments` contains.
+    pub fn on(place: &Place, name: &'static str, arguments: Vec<Value>) -> Self {
+        Self {
+            node: place.node.clone(),
+            is_arriving: place.is_arriving,
+            name,
+            arguments,
+        }
+    }
+
+    /// What a server has to be told that is about to get the key.
+    fn asking(&self) -> Self {
+        Self::at(&self.node, "ASKING", Vec::new())
+    }
+
+    fn command(&self) -> CustomCommand {
+        // In a cluster, the options say where it goes.
+        CustomCommand::new_static(self.name, ClusterHash::Random, false)
+    }
+
+    fn options(&self) -> Options {
+        Options {
+            cluster_node: self.node.address().cloned(),
+            ..Options::default()
+        }
+    }
 }

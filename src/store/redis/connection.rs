@@ -1,18 +1,27 @@
-//! The pool of Redis connections, and what is known of the clock of Redis.
+//! The pool of Redis connections, and what is known of the clocks behind them.
 
 use std::{
+    collections::HashMap,
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use fred::prelude::{
-    Builder, Client, ClientLike, Config, ConnectionConfig, Error, EventInterface,
-    PerformanceConfig, Pool, ReconnectPolicy, Value,
+use fred::{
+    interfaces::ClusterInterface,
+    prelude::{
+        Builder, Client, ClientLike, Config, ConnectionConfig, Error, EventInterface,
+        PerformanceConfig, Pool, ReconnectPolicy, Server, ServerConfig, Value,
+    },
+    types::config::ClusterDiscoveryPolicy,
 };
+use futures::future::join_all;
 use tokio::{sync::watch, time::Instant};
 
-use super::fault::{is_reply_of_redis, readable};
+use super::{
+    fault::{is_reply_of_redis, readable},
+    topology::{Node, Topology},
+};
 use crate::{store::StoreError, version::IntervalClock};
 
 /// Where Redis is and how to reach it. Its debug form holds no credentials.
@@ -23,13 +32,15 @@ pub struct RedisSettings {
     timeout: Duration,
 }
 
-/// Connections to Redis, and what is known of its clock. Cheap to clone.
+/// Connections to Redis, and what is known of its clocks. Cheap to clone. In a
+/// cluster each of them leads to every primary.
 #[derive(Clone)]
 pub struct Connections {
     pool: Pool,
     /// The time one command gets at most.
     timeout: Duration,
-    clock: Arc<Mutex<IntervalClock>>,
+    topology: Arc<Mutex<Arc<Topology>>>,
+    clocks: Arc<Mutex<HashMap<Node, IntervalClock>>>,
     /// Where local microseconds begin.
     started: Instant,
     /// What happened to a connection last.
@@ -61,12 +72,21 @@ impl RedisSettings {
     /// Reads a Redis URL. The error does not repeat the URL, which may hold a
     /// password.
     pub fn new(url: &str, pool_size: usize, timeout: Duration) -> Result<Self, String> {
-        if !url.starts_with("redis://") {
-            return Err("must begin with redis://, such as redis://host:6379".into());
+        if !["redis://", "redis-cluster://"]
+            .iter()
+            .any(|scheme| url.starts_with(scheme))
+        {
+            return Err(
+                "must begin with redis:// or redis-cluster://, such as redis://host:6379".into(),
+            );
         }
         let mut config = Config::from_url(url).map_err(|error: Error| {
             format!("is not of the form redis://host:6379: {}", error.details())
         })?;
+        if let ServerConfig::Clustered { policy, .. } = &mut config.server {
+            // The nodes of the URL may be gone some day.
+            *policy = ClusterDiscoveryPolicy::UseCache;
+        }
         // Redis may come up later than this service.
         config.fail_fast = false;
         Ok(Self {
@@ -106,6 +126,7 @@ impl Connections {
     /// fred does not say when a client gets a connection, only whether it has.
     const CONNECTED_POLL: Duration = Duration::from_millis(10);
     const RECONNECT_BOUND: Duration = Duration::from_secs(1);
+    const CONNECT_AGAIN: Duration = Duration::from_millis(100);
 
     /// Starts to connect, in the background and for as long as it takes.
     pub fn open(settings: &RedisSettings) -> Result<Self, StoreError> {
@@ -119,8 +140,11 @@ impl Connections {
             .with_connection_config(|config: &mut ConnectionConfig| {
                 config.connection_timeout = settings.timeout.max(Duration::from_millis(500));
                 config.internal_command_timeout = settings.timeout.max(Duration::from_millis(500));
-                // Repeating is decided here, where it is known what is safe.
+                // Repeating is decided here, where it is known what is safe. On
+                // `ASK`, fred 10.1 would take another command's answer for that
+                // to its own `ASKING`.
                 config.max_command_attempts = 1;
+                config.max_redirections = 0;
                 config.reconnect_on_auth_error = true;
                 config.tcp.nodelay = Some(true);
             })
@@ -132,16 +156,24 @@ impl Connections {
             ))
             .build_pool(settings.pool_size)
             .map_err(|error| StoreError::Unavailable(error.details().to_owned()))?;
+        let topology = if settings.config.server.is_clustered() {
+            Topology::default()
+        } else {
+            Topology::single()
+        };
         let connections = Self {
             pool,
             timeout: settings.timeout,
-            clock: Arc::default(),
+            topology: Arc::new(Mutex::new(Arc::new(topology))),
+            clocks: Arc::default(),
             started: Instant::now(),
             last_event: Arc::default(),
             connected: watch::Sender::new(0),
         };
         connections.watch();
-        connections.pool.connect_pool();
+        for client in connections.pool.clients() {
+            tokio::spawn(stay_connected(client.clone()));
+        }
         Ok(connections)
     }
 
@@ -155,17 +187,23 @@ impl Connections {
         )
     }
 
-    /// Logs when the connections of the pool come and go, and forgets the clock
-    /// of a server that may not be the one we talk to next.
+    /// Logs when the connections of the pool come and go, forgets the clock of a
+    /// server that may not be the one we talk to next, and follows the changes
+    /// of a cluster.
     fn watch(&self) {
         for client in self.pool.clients() {
-            let (clock, event) = (self.clock.clone(), self.last_event.clone());
-            let connected = self.connected.clone();
+            let (connections, event) = (self.clone(), self.last_event.clone());
             client.on_reconnect(move |server| {
-                lock(&clock).forget();
-                connected.send_modify(|count| *count += 1);
+                connections.met(&server);
                 if lock(&event).changes_to(format!("connected to {server}")) {
                     tracing::info!(%server, "connected to Redis");
+                }
+                async { Ok(()) }
+            });
+            let (connections, of_client) = (self.clone(), client.clone());
+            client.on_cluster_change(move |_| {
+                if let Some(routing) = of_client.cached_cluster_state() {
+                    connections.learn(Topology::of_cluster(&routing));
                 }
                 async { Ok(()) }
             });
@@ -180,6 +218,37 @@ impl Connections {
                 async { Ok(()) }
             });
         }
+    }
+
+    /// A new connection may lead to another process than the one before.
+    fn met(&self, server: &Server) {
+        let node = match self.topology().nodes()[..] {
+            [Node::Only] => Node::Only,
+            _ => Node::Primary(server.clone()),
+        };
+        lock(&self.clocks).remove(&node);
+        self.connected.send_modify(|count| *count += 1);
+    }
+
+    /// Takes in who holds what in a cluster.
+    fn learn(&self, topology: Topology) {
+        let mut known = lock(&self.topology);
+        if **known != topology {
+            tracing::debug!(nodes = topology.nodes().len(), "the cluster has changed");
+            *known = Arc::new(topology);
+        }
+    }
+
+    /// Asks a cluster who holds what. What comes of it is in [`Self::topology`].
+    pub async fn look_at_cluster(&self) {
+        if let Some(client) = self.client() {
+            let _ = tokio::time::timeout(Self::RECONNECT_BOUND, client.sync_cluster()).await;
+        }
+    }
+
+    /// Which server holds which keys.
+    pub fn topology(&self) -> Arc<Topology> {
+        lock(&self.topology).clone()
     }
 
     /// Counts new connections: each may lead to another server than before.
@@ -200,28 +269,36 @@ impl Connections {
         self.pool.clients().len()
     }
 
-    /// Asks over any connection whether Redis is there.
+    /// Asks over any connection whether Redis is there, each of its servers.
     pub async fn ping_any(&self, bound: Duration) -> Result<(), NoPong> {
-        Self::ping_over(self.pool.next_connected(), bound).await
+        self.ping_over(self.pool.next_connected(), bound).await
     }
 
-    /// Asks over the connection `index` whether Redis is there.
+    /// Asks over the connection `index` whether Redis is there, each of its
+    /// servers.
     pub async fn ping(&self, index: usize, bound: Duration) -> Result<(), NoPong> {
-        Self::ping_over(&self.pool.clients()[index], bound).await
+        self.ping_over(&self.pool.clients()[index], bound).await
     }
 
-    async fn ping_over(client: &Client, bound: Duration) -> Result<(), NoPong> {
+    async fn ping_over(&self, client: &Client, bound: Duration) -> Result<(), NoPong> {
         let end = Instant::now() + bound;
         while Instant::now() < end {
             // What is sent without a connection waits for the next one in fred.
-            if client.is_connected() {
-                match tokio::time::timeout_at(end, client.ping::<Value>(None)).await {
-                    Ok(Ok(_)) => return Ok(()),
-                    Ok(Err(error)) if is_reply_of_redis(error.details()) => {
-                        return Err(NoPong::Refused(error.details().to_owned()));
+            let nodes = self.topology().nodes();
+            if client.is_connected() && !nodes.is_empty() {
+                let pings = nodes.iter().map(|node| ping_node(client, node));
+                match tokio::time::timeout_at(end, join_all(pings)).await {
+                    Ok(pongs) if pongs.iter().all(Result::is_ok) => return Ok(()),
+                    Ok(pongs) => {
+                        let errors = pongs.into_iter().filter_map(Result::err);
+                        let mut refusals = errors
+                            .map(|error| error.details().to_owned())
+                            .filter(|text| is_reply_of_redis(text));
+                        if let Some(refusal) = refusals.next() {
+                            return Err(NoPong::Refused(refusal));
+                        }
+                        // The connection broke; the next one may be there in time.
                     }
-                    // The connection broke; the next one may be there in time.
-                    Ok(Err(_)) => {}
                     Err(_) => break,
                 }
             }
@@ -252,20 +329,42 @@ impl Connections {
         self.timeout
     }
 
-    /// What Redis's clock shows at least at a local moment. None until Redis
-    /// has said what time it is.
-    pub fn redis_time(&self, moment: Instant) -> Option<i64> {
-        lock(&self.clock).earliest_remote(self.micros(moment))
+    /// What the clock of a server shows at least at a local moment. None until
+    /// it has said what time it is.
+    pub fn redis_time(&self, node: &Node, moment: Instant) -> Option<i64> {
+        let clocks = lock(&self.clocks);
+        clocks.get(node)?.earliest_remote(self.micros(moment))
     }
 
-    /// Takes in what time it was in Redis between `sent` and now.
-    pub fn observe(&self, sent: Instant, redis_now: i64) {
+    /// Takes in what time it was on a server between `sent` and now.
+    pub fn observe(&self, node: &Node, sent: Instant, redis_now: i64) {
         let received = self.micros(Instant::now()) + 1;
-        lock(&self.clock).observe(self.micros(sent), received, redis_now);
+        let mut clocks = lock(&self.clocks);
+        let clock = clocks.entry(node.clone()).or_default();
+        clock.observe(self.micros(sent), received, redis_now);
     }
 
     fn micros(&self, moment: Instant) -> i64 {
         i64::try_from(moment.duration_since(self.started).as_micros()).unwrap_or(i64::MAX / 2)
+    }
+}
+
+async fn ping_node(client: &Client, node: &Node) -> Result<(), Error> {
+    match node.address() {
+        None => client.ping::<Value>(None).await,
+        Some(server) => client.with_cluster_node(server).ping(None).await,
+    }
+    .map(|_| ())
+}
+
+/// Connects again where fred gives up: its task ends with some errors of a
+/// cluster, whatever the policy says, and would leave a dead client.
+async fn stay_connected(client: Client) {
+    loop {
+        // A task that ended by a panic is begun anew as well.
+        let ended = client.connect().await;
+        tracing::debug!(?ended, "connecting to Redis again from the beginning");
+        tokio::time::sleep(Connections::CONNECT_AGAIN).await;
     }
 }
 

@@ -14,6 +14,8 @@ pub enum Fault {
     Lost(String),
     /// The server does not know the script; load it and repeat.
     NoScript,
+    /// The server does not hold the key any more, or is about to give it away.
+    Redirected,
     /// Repeating is of no use.
     Final(StoreError),
 }
@@ -29,8 +31,11 @@ impl Fault {
         }
         let text = readable(error).to_owned();
         match error.kind() {
+            // What fred makes of `MOVED` and `ASK`, see `Connections::open`.
+            ErrorKind::Routing if text == "Too many redirections." => Self::Redirected,
             // fred could not find a connection to write to.
             ErrorKind::Routing | ErrorKind::Backpressure | ErrorKind::Config => Self::NotRun(text),
+            _ if text == "Failed to route command." => Self::NotRun(text),
             _ => Self::Lost(text),
         }
     }
@@ -91,6 +96,8 @@ mod tests {
             let error = Error::new(ErrorKind::Unknown, text);
             assert_eq!(Fault::of(&error), Fault::NotRun(text.into()));
         }
+        let error = Error::new(ErrorKind::Routing, "Too many redirections.");
+        assert_eq!(Fault::of(&error), Fault::Redirected);
         let error = Error::new(ErrorKind::Unknown, "NOSCRIPT No matching script.");
         assert_eq!(Fault::of(&error), Fault::NoScript);
         let error = Error::new(

@@ -1,9 +1,10 @@
 //! The Redis store: one string key a group, one script call a write.
 //!
 //! This folder is the only place that knows fred. `attempt.rs` decides when a
-//! call is repeated, `fault.rs` what an error means, `script.rs` and the
-//! `.lua` files do the work on one key, `write.rs` says it in their terms,
-//! `scan.rs` lists, `alone.rs` is Redis as a store without a fallback.
+//! call is repeated, `fault.rs` what an error means, `topology.rs` which server
+//! holds a key, `script.rs` and the `.lua` files do the work on one key,
+//! `write.rs` says it in their terms, `scan.rs` lists, `alone.rs` is Redis as a
+//! store without a fallback.
 
 mod alone;
 mod attempt;
@@ -11,6 +12,7 @@ mod connection;
 mod fault;
 mod scan;
 mod script;
+mod topology;
 mod write;
 
 use std::{collections::HashMap, time::Duration};
@@ -25,18 +27,23 @@ pub use self::{
     write::pipelines,
 };
 use self::{
-    attempt::{Attempt, Attempts, on_any_node, on_key},
+    attempt::{Attempt, Attempts, Call},
     connection::Connections,
     fault::Fault,
     scan::KeySpace,
     script::{Script, ScriptReply},
+    topology::{Node, Place, Topology},
     write::TimeBounds,
 };
 use super::{
     Deadline, Deletion, KeyPage, StoreError,
     documents::{DocumentBatch, StoredDocument, Write, WriteOutcome},
 };
-use crate::{document::Document, group::GroupKey, version::Version};
+use crate::{
+    document::Document,
+    group::GroupKey,
+    version::{InstanceId, Version},
+};
 
 /// Keeps documents in Redis. Cheap to clone.
 #[derive(Clone)]
@@ -85,13 +92,17 @@ pub enum Offered {
     Deleted,
 }
 
-/// What a Redis server says of itself.
+/// What Redis says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerInfo {
-    /// Another one after every start of the server.
+    /// Another one after every start of a server; of a cluster those of all its
+    /// primaries.
     pub run_id: String,
-    /// Whether it throws keys away when its memory is full.
+    /// Whether it throws keys away when its memory is full: the first policy
+    /// other than `noeviction`, if there is one.
     pub maxmemory_policy: String,
+    /// Whether it is no replica; of a cluster, whether none is.
+    pub is_primary: bool,
 }
 
 // === impl RedisStore ===
@@ -153,7 +164,9 @@ impl RedisStore {
                 if results.contains(&Err(Fault::NoScript)) {
                     // Once for all; what fails here fails again below, and is
                     // told there.
-                    let _ = script::WRITE.load(&attempt).await;
+                    for node in self.connections.topology().nodes() {
+                        let _ = script::WRITE.load(&attempt, &node).await;
+                    }
                 }
                 results
             }
@@ -162,13 +175,14 @@ impl RedisStore {
         let mut finished = Vec::with_capacity(writes.len());
         for ((write, trail), result) in writes.iter().zip(trails).zip(results) {
             finished.push(async move {
-                match result {
+                let fault = match result {
                     Ok(outcome) => return Ok(outcome),
                     Err(Fault::Final(error)) => return Err(NotDone::answered(error)),
-                    Err(Fault::Lost(_) | Fault::NotRun(_) | Fault::NoScript) => {}
-                }
-                let attempts = Attempts::at_write(&self.connections, deadline, trail).after_first();
-                self.finish_write(write, attempts, trail).await
+                    Err(fault) => fault,
+                };
+                let attempts = Attempts::at_write(&self.connections, deadline, trail);
+                self.finish_write(write, attempts.after_first(&fault), trail)
+                    .await
             });
         }
         join_all(finished).await
@@ -257,18 +271,30 @@ impl RedisStore {
         self.keys.read_all(prefix, with_expiry, deadline).await
     }
 
-    /// What the server says of itself.
+    /// What the servers say of themselves.
     pub async fn server(&self, deadline: Deadline) -> Result<ServerInfo, NotDone> {
         self.keys.server(deadline).await
     }
 
-    /// Asks over any connection whether Redis is there.
+    /// Keys of an instance to probe with, one on each server.
+    pub fn probe_keys(&self, instance: &InstanceId) -> Vec<GroupKey> {
+        let endings = self
+            .connections
+            .topology()
+            .endings(&self.keys.redis_key(&GroupKey::probe(instance, "")));
+        endings
+            .iter()
+            .map(|ending| GroupKey::probe(instance, ending))
+            .collect()
+    }
+
+    /// Asks over any connection whether Redis is there, each of its servers.
     pub async fn ping_any(&self, bound: Duration) -> Result<(), NoPong> {
         self.connections.ping_any(bound).await
     }
 
-    /// Asks over the connection `index` whether Redis is there. Silence is
-    /// noticed after `bound`.
+    /// Asks over the connection `index` whether Redis is there, each of its
+    /// servers. Silence is noticed after `bound`.
     pub async fn ping(&self, index: usize, bound: Duration) -> Result<(), NoPong> {
         self.connections.ping(index, bound).await
     }
@@ -317,10 +343,11 @@ impl RedisStore {
         trail: &Trail,
     ) -> Result<WriteOutcome, Fault> {
         let key = write.head.key();
-        let bounds = self.bounds(attempt).await?;
+        let place = self.place(key, attempt).await?;
+        let bounds = self.bounds(attempt, &place.node).await?;
         let arguments = write::arguments(write, &bounds);
         let reply = self
-            .run_write(attempt, trail, &script::WRITE, key, arguments)
+            .run_write(attempt, trail, &script::WRITE, &place, arguments)
             .await?;
         write::read_write_reply(key, &reply)
     }
@@ -332,7 +359,8 @@ impl RedisStore {
         attempt: &Attempt,
         trail: &Trail,
     ) -> Result<Deletion, Fault> {
-        let bounds = self.bounds(attempt).await?;
+        let place = self.place(key, attempt).await?;
+        let bounds = self.bounds(attempt, &place.node).await?;
         let arguments = vec![
             expected.map_or("any".into(), |version| version.to_string().into()),
             bounds.deadline,
@@ -341,7 +369,7 @@ impl RedisStore {
         loop {
             let arguments = arguments.clone();
             let reply = self
-                .run_write(attempt, trail, &script::DELETE, key, arguments)
+                .run_write(attempt, trail, &script::DELETE, &place, arguments)
                 .await?;
             match write::too_early_by(&reply) {
                 // When the attempt is over, the script says that it is late.
@@ -357,7 +385,8 @@ impl RedisStore {
         attempt: &Attempt,
         trail: &Trail,
     ) -> Result<Offered, Fault> {
-        let bounds = self.bounds(attempt).await?;
+        let place = self.place(&lost.document.key, attempt).await?;
+        let bounds = self.bounds(attempt, &place.node).await?;
         let arguments = vec![
             Value::Bytes(lost.document.json.clone()),
             lost.version.to_string().into(),
@@ -366,9 +395,8 @@ impl RedisStore {
             bounds.deadline,
             if lost.put_back_absent { "1" } else { "" }.into(),
         ];
-        let key = &lost.document.key;
         let reply = self
-            .run_write(attempt, trail, &script::RESTORE, key, arguments)
+            .run_write(attempt, trail, &script::RESTORE, &place, arguments)
             .await?;
         match reply.status.as_str() {
             "restored" => Ok(Offered::PutBack),
@@ -384,14 +412,15 @@ impl RedisStore {
         with_expiry: bool,
         attempt: &Attempt,
     ) -> Result<Option<StoredDocument>, Fault> {
-        let redis_key = self.keys.redis_key(key);
+        let place = self.place(key, attempt).await?;
         if with_expiry {
             let sent = Instant::now();
-            let reply = script::READ.run(attempt, &redis_key, Vec::new()).await?;
-            self.connections.observe(sent, reply.now);
+            let reply = script::READ.run(attempt, &place).await?;
+            self.observe(&place, sent, reply.now);
             return write::read_read_reply(key, &reply);
         }
-        let value = attempt.run(on_key("GET"), vec![redis_key.into()]).await?;
+        let arguments = vec![place.key.as_str().into()];
+        let value = attempt.run(Call::on(&place, "GET", arguments)).await?;
         Ok(script::bytes(&value).map(|json| StoredDocument {
             document: Document {
                 key: key.clone(),
@@ -409,32 +438,62 @@ impl RedisStore {
         trails: &[Trail],
     ) -> Vec<Result<WriteOutcome, Fault>> {
         let all_failed = |fault| vec![Err(fault); writes.len()];
-        let bounds = match self.bounds(attempt).await {
-            Ok(bounds) => bounds,
-            Err(fault) => return all_failed(fault),
-        };
-        let mut commands = Vec::with_capacity(writes.len());
-        for (write, trail) in writes.iter().zip(trails) {
-            let key = self.keys.redis_key(write.head.key());
-            let arguments = script::WRITE.arguments(&key, write::arguments(write, &bounds));
-            commands.push((script::WRITE.command(), arguments));
+        let mut places = Vec::with_capacity(writes.len());
+        let mut calls = Vec::with_capacity(writes.len());
+        for write in writes {
+            let place = match self.place(write.head.key(), attempt).await {
+                Ok(place) => place,
+                Err(fault) => return all_failed(fault),
+            };
+            let bounds = match self.bounds(attempt, &place.node).await {
+                Ok(bounds) => bounds,
+                Err(fault) => return all_failed(fault),
+            };
+            calls.push(script::WRITE.call(&place, write::arguments(write, &bounds)));
+            places.push(place);
+        }
+        for trail in trails {
             trail.sent(attempt);
         }
-        let replies = match attempt.pipeline(commands).await {
+        let replies = match attempt.pipeline(calls).await {
             Ok(replies) => replies,
             Err(fault) => return all_failed(fault),
         };
         let mut results = Vec::with_capacity(writes.len());
-        for ((write, trail), reply) in writes.iter().zip(trails).zip(replies) {
+        let sent = writes.iter().zip(trails).zip(&places);
+        for (((write, trail), place), reply) in sent.zip(replies) {
             if !matches!(reply, Err(Fault::Lost(_))) {
                 trail.answered();
             }
             results.push(reply.and_then(ScriptReply::parse).and_then(|reply| {
-                self.connections.observe(attempt.sent, reply.now);
+                self.observe(place, attempt.sent, reply.now);
                 write::read_write_reply(write.head.key(), &reply)
             }));
         }
         results
+    }
+
+    /// Where a group lives.
+    async fn place(&self, key: &GroupKey, attempt: &Attempt) -> Result<Place, Fault> {
+        let topology = self.connections.topology();
+        let place = topology.place(self.keys.redis_key(key));
+        let place = place.ok_or_else(|| Fault::NotRun(Topology::NO_SERVER.into()))?;
+        if !attempt.redirected {
+            return Ok(place);
+        }
+        // fred has looked at the cluster again. If the key still belongs there,
+        // it is on its way to another server.
+        let call = Call::at(&place.node, "CLUSTER", vec!["NODES".into()]);
+        let nodes = attempt.run(call).await.map_err(Fault::before_the_write)?;
+        let nodes = nodes.into_string().unwrap_or_default();
+        Ok(match topology.destination(&place.key, &nodes) {
+            Some(node) => Place {
+                node,
+                is_arriving: true,
+                ..place
+            },
+            None => place,
+        })
     }
 
     /// Runs a script that may change a document, and learns from its reply what
@@ -444,25 +503,27 @@ impl RedisStore {
         attempt: &Attempt,
         trail: &Trail,
         script: &Script,
-        key: &GroupKey,
+        place: &Place,
         arguments: Vec<Value>,
     ) -> Result<ScriptReply, Fault> {
         let sent = Instant::now();
-        let redis_key = self.keys.redis_key(key);
-        let reply = script
-            .run_write(attempt, trail, &redis_key, arguments)
-            .await?;
-        self.connections.observe(sent, reply.now);
+        let reply = script.run_write(attempt, trail, place, arguments).await?;
+        self.observe(place, sent, reply.now);
         Ok(reply)
     }
 
-    /// The bounds of an attempt in the time of Redis.
-    async fn bounds(&self, attempt: &Attempt) -> Result<TimeBounds, Fault> {
-        if self.connections.redis_time(attempt.until).is_none() {
-            self.ask_time(attempt).await?;
+    /// Takes in what time it was where a script ran.
+    fn observe(&self, place: &Place, sent: Instant, redis_now: i64) {
+        self.connections.observe(&place.node, sent, redis_now);
+    }
+
+    /// The bounds of an attempt in the time of a server.
+    async fn bounds(&self, attempt: &Attempt, node: &Node) -> Result<TimeBounds, Fault> {
+        if self.connections.redis_time(node, attempt.until).is_none() {
+            self.ask_time(attempt, node).await?;
         }
         let redis_time = |moment| {
-            let time = self.connections.redis_time(moment);
+            let time = self.connections.redis_time(node, moment);
             let time = time.ok_or_else(|| Fault::NotRun("connecting again".into()))?;
             Ok(time.to_string().into())
         };
@@ -475,16 +536,17 @@ impl RedisStore {
         })
     }
 
-    /// Asks Redis what time it is.
-    async fn ask_time(&self, attempt: &Attempt) -> Result<(), Fault> {
+    /// Asks a server what time it is.
+    async fn ask_time(&self, attempt: &Attempt, node: &Node) -> Result<(), Fault> {
         let sent = Instant::now();
-        let reply = attempt.run(on_any_node("TIME"), Vec::new()).await;
+        let reply = attempt.run(Call::at(node, "TIME", Vec::new())).await;
         let reply = reply.map_err(Fault::before_the_write)?;
         let time: Option<Vec<i64>> = reply.convert().ok();
         let Some([seconds, micros]) = time.as_deref() else {
             return Err(Fault::Final(StoreError::Bug("TIME: no time".into())));
         };
-        self.connections.observe(sent, seconds * 1_000_000 + micros);
+        let now = seconds * 1_000_000 + micros;
+        self.connections.observe(node, sent, now);
         Ok(())
     }
 }
@@ -537,6 +599,47 @@ impl ServerInfo {
                 .copied()
                 .unwrap_or_default()
                 .to_owned(),
+            is_primary: fields.get("role") == Some(&"master"),
         })
+    }
+
+    /// Of several servers as one, whatever their order.
+    fn join(mut servers: Vec<Self>) -> Self {
+        servers.sort_by(|a, b| a.run_id.cmp(&b.run_id));
+        let run_ids: Vec<_> = servers
+            .iter()
+            .map(|server| server.run_id.as_str())
+            .collect();
+        let policies = servers
+            .iter()
+            .map(|server| server.maxmemory_policy.as_str());
+        let worst = policies.max_by_key(|policy| *policy != "noeviction");
+        Self {
+            run_id: run_ids.join(","),
+            maxmemory_policy: worst.unwrap_or_default().to_owned(),
+            is_primary: servers.iter().all(|server| server.is_primary),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn several_servers_are_one_whatever_their_order() {
+        let server = |run_id: &str, policy: &str| {
+            let info = format!(
+                "# Server\r\nrun_id:{run_id}\r\nmaxmemory_policy:{policy}\r\nrole:master\r\n"
+            );
+            ServerInfo::parse(&info).unwrap()
+        };
+        let (a, b) = (server("a", "noeviction"), server("b", "allkeys-lru"));
+        let joined = ServerInfo::join(vec![b.clone(), a.clone()]);
+        assert_eq!(joined, ServerInfo::join(vec![a.clone(), b]));
+        assert_eq!(joined.run_id, "a,b");
+        assert_eq!(joined.maxmemory_policy, "allkeys-lru");
+        assert_eq!(ServerInfo::join(vec![a.clone()]), a);
+        assert_eq!(ServerInfo::parse("nothing"), None);
     }
 }

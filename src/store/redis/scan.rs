@@ -1,21 +1,23 @@
 //! Listing: the key space of Redis is the index.
 //!
 //! There is no index key that could drift from the groups. A listing is a
-//! `SCAN`, and a `SCAN` cursor is worthless on any other server: what ties a
-//! listing to one server is the `run_id` of its process.
+//! `SCAN` of every server, one after the other, and a `SCAN` cursor is worthless
+//! on any other server: what ties a listing to its servers are the `run_id`s of
+//! their processes and, in a cluster, who holds which slots.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, fmt, str::FromStr, sync::Arc};
 
 use bytes::Bytes;
-use fred::{prelude::Value, types::CustomCommand};
-use futures::{Stream, stream};
+use fred::prelude::Value;
+use futures::{Stream, future::try_join_all, stream};
 
 use super::{
     NotDone, ServerInfo,
-    attempt::{Attempts, on_any_node, on_key},
+    attempt::{Attempts, Call},
     connection::Connections,
     fault::Fault,
     script::{self, ScriptReply},
+    topology::{Node, Place, Topology},
     write::read_read_reply,
 };
 use crate::{
@@ -38,10 +40,26 @@ pub struct KeySpace {
     max_document_bytes: usize,
 }
 
+/// The servers that a listing goes through.
+struct Servers {
+    nodes: Vec<Node>,
+    /// Another one when any of them is another process, or when a cluster shares
+    /// its slots in another way.
+    identity: String,
+}
+
+/// Where a listing goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Position {
+    /// The place of the server among [`Servers::nodes`].
+    server: usize,
+    cursor: u64,
+}
+
 /// What one `SCAN` found.
 struct ScanPage {
     /// Where to go on; None at the end.
-    cursor: Option<String>,
+    next: Option<Position>,
     /// Keys without the key prefix.
     keys: Vec<Bytes>,
 }
@@ -53,10 +71,9 @@ struct Reading {
     /// Whether to look up when each document expires.
     with_expiry: bool,
     deadline: Deadline,
-    /// The server that is scanned.
-    run_id: String,
+    servers: Servers,
     /// Where to go on; None at the end.
-    cursor: Option<String>,
+    position: Option<Position>,
     /// Keys that were found and not read yet, with the size of their values.
     found: VecDeque<(GroupKey, usize)>,
     problems: Vec<Problem>,
@@ -100,42 +117,38 @@ impl KeySpace {
         let token = token
             .map(|token| PageToken::decode(token, prefix))
             .transpose()?;
-        let run_id = self.server(deadline).await?.run_id;
-        let mut cursor = match token {
+        let servers = self.servers(deadline).await?;
+        let mut position = match token {
             Some(token) => {
-                token.check_server(Backend::Redis, &run_id)?;
-                if token.cursor.parse::<u64>().is_err() {
-                    let error = "this page token has no valid cursor";
-                    return Err(StoreError::InvalidPageToken(error).into());
-                }
-                Some(token.cursor)
+                token.check_server(Backend::Redis, &servers.identity)?;
+                Some(token.cursor.parse()?)
             }
-            None => Some("0".to_owned()),
+            None => Some(Position::START),
         };
 
         let mut page = KeyPage::default();
         let mut room = Self::PAGE_BYTES;
         for _ in 0..Self::SCANS_PER_PAGE {
-            let Some(from) = cursor.take() else { break };
+            let Some(from) = position.take() else { break };
             let count = (room / Self::MAX_KEY_BYTES).clamp(10, Self::SCAN_COUNT);
-            let scanned = self.scan(prefix, &from, count, deadline).await?;
+            let scanned = self.scan(prefix, &servers, from, count, deadline).await?;
             for key in scanned.keys {
                 if let Ok(key) = group_key(&key) {
                     room = room.saturating_sub(key.as_str().len());
                     page.keys.push(key);
                 }
             }
-            cursor = scanned.cursor;
+            position = scanned.next;
             if page.keys.len() >= page_size || room < 10 * Self::MAX_KEY_BYTES {
                 break;
             }
         }
-        self.check_run_id(&run_id, deadline).await?;
-        page.next = cursor.map(|cursor| {
+        self.check_identity(&servers, deadline).await?;
+        page.next = position.map(|position| {
             PageToken {
                 backend: Backend::Redis,
-                server: run_id,
-                cursor,
+                server: servers.identity,
+                cursor: position.to_string(),
                 prefix: prefix.to_owned(),
             }
             .encode()
@@ -146,12 +159,15 @@ impl KeySpace {
     /// Number of group keys that begin with `prefix`.
     pub async fn count(&self, prefix: &str, deadline: Deadline) -> Result<u64, NotDone> {
         let mut count = 0;
-        let mut cursor = Some("0".to_owned());
-        while let Some(from) = cursor {
-            let scanned = self.scan(prefix, &from, Self::SCAN_COUNT, deadline).await?;
+        let servers = self.servers(deadline).await?;
+        let mut position = Some(Position::START);
+        while let Some(from) = position {
+            let scanned = self
+                .scan(prefix, &servers, from, Self::SCAN_COUNT, deadline)
+                .await?;
             let keys = scanned.keys.iter().filter(|key| group_key(key).is_ok());
             count += keys.count() as u64;
-            cursor = scanned.cursor;
+            position = scanned.next;
         }
         Ok(count)
     }
@@ -165,12 +181,12 @@ impl KeySpace {
         deadline: Deadline,
     ) -> Result<impl Stream<Item = Result<DocumentBatch, NotDone>> + Send + use<>, NotDone> {
         let reading = Reading {
-            run_id: self.server(deadline).await?.run_id,
+            servers: self.servers(deadline).await?,
             with_expiry,
             keys: self.clone(),
             prefix: prefix.to_owned(),
             deadline,
-            cursor: Some("0".to_owned()),
+            position: Some(Position::START),
             found: VecDeque::new(),
             problems: Vec::new(),
         };
@@ -184,14 +200,17 @@ impl KeySpace {
     async fn scan(
         &self,
         prefix: &str,
-        cursor: &str,
+        servers: &Servers,
+        from: Position,
         count: usize,
         deadline: Deadline,
     ) -> Result<ScanPage, NotDone> {
+        let Some(node) = servers.nodes.get(from.server) else {
+            return Err(StoreError::InvalidPageToken(Position::INVALID).into());
+        };
         let pattern = format!("{}{}*", escape_glob(&self.key_prefix), escape_glob(prefix));
-        let command = on_any_node("SCAN");
         let arguments = vec![
-            cursor.into(),
+            from.cursor.to_string().into(),
             "MATCH".into(),
             pattern.into(),
             "COUNT".into(),
@@ -199,7 +218,7 @@ impl KeySpace {
             "TYPE".into(),
             "string".into(),
         ];
-        let reply = self.read_one(command, arguments, deadline).await?;
+        let reply = self.ask(node, "SCAN", arguments, deadline).await?;
         let malformed = || NotDone::from(StoreError::Bug("SCAN: a reply of another form".into()));
         let Value::Array(parts) = reply else {
             return Err(malformed());
@@ -207,10 +226,10 @@ impl KeySpace {
         let [cursor, Value::Array(keys)] = &parts[..] else {
             return Err(malformed());
         };
-        let cursor = cursor.as_string().ok_or_else(malformed)?;
+        let cursor = cursor.as_string().and_then(|cursor| cursor.parse().ok());
         let key_prefix = self.key_prefix.as_bytes();
         Ok(ScanPage {
-            cursor: (cursor != "0").then_some(cursor),
+            next: from.next(cursor.ok_or_else(malformed)?, servers),
             keys: keys
                 .iter()
                 .filter_map(script::bytes)
@@ -220,23 +239,77 @@ impl KeySpace {
         })
     }
 
-    /// What the server that answers says of itself.
+    /// What Redis says of itself.
     pub async fn server(&self, deadline: Deadline) -> Result<ServerInfo, NotDone> {
-        let info = self
-            .read_one(on_any_node("INFO"), Vec::new(), deadline)
-            .await?
-            .into_string()
-            .unwrap_or_default();
-        let server = ServerInfo::parse(&info);
-        server.ok_or_else(|| StoreError::Bug("INFO: no run_id".into()).into())
+        let (_, infos) = self.infos(deadline).await?;
+        Ok(ServerInfo::join(infos))
     }
 
-    async fn check_run_id(&self, run_id: &str, deadline: Deadline) -> Result<(), NotDone> {
-        if self.server(deadline).await?.run_id == run_id {
+    /// The servers as they are now.
+    async fn servers(&self, deadline: Deadline) -> Result<Servers, NotDone> {
+        let (topology, infos) = self.infos(deadline).await?;
+        let nodes = topology.nodes();
+        if nodes == [Node::Only] {
+            return Ok(Servers {
+                nodes,
+                identity: ServerInfo::join(infos).run_id,
+            });
+        }
+        if infos.iter().any(|info| !info.is_primary) {
+            // It was a primary when the cluster was last looked at.
+            self.connections.look_at_cluster().await;
+            return Err(StoreError::ListingRestarted.into());
+        }
+        let run_ids: Vec<_> = infos.into_iter().map(|info| info.run_id).collect();
+        Ok(Servers {
+            nodes,
+            identity: script::sha1_hex(&format!("{topology:?} {run_ids:?}")),
+        })
+    }
+
+    async fn check_identity(&self, servers: &Servers, deadline: Deadline) -> Result<(), NotDone> {
+        if self.servers(deadline).await?.identity == servers.identity {
             Ok(())
         } else {
             Err(StoreError::ListingRestarted.into())
         }
+    }
+
+    /// What each server says of itself, in the order of [`Topology::nodes`].
+    async fn infos(&self, deadline: Deadline) -> Result<(Arc<Topology>, Vec<ServerInfo>), NotDone> {
+        let topology = self.connections.topology();
+        let nodes = topology.nodes();
+        if nodes.is_empty() {
+            let why = self.connections.why_not();
+            let error = StoreError::Unavailable(format!("Redis does not answer: {why}"));
+            return Err(NotDone::unwell(error, why));
+        }
+        let asked = nodes.iter().map(async |node| {
+            let info = self.ask(node, "INFO", Vec::new(), deadline).await?;
+            let info = ServerInfo::parse(&info.into_string().unwrap_or_default());
+            info.ok_or_else(|| NotDone::from(StoreError::Bug("INFO: no run_id".into())))
+        });
+        Ok((topology, try_join_all(asked).await?))
+    }
+
+    /// The reply of a server to a command without a key.
+    async fn ask(
+        &self,
+        node: &Node,
+        command: &'static str,
+        arguments: Vec<Value>,
+        deadline: Deadline,
+    ) -> Result<Value, NotDone> {
+        // Each step of a listing gets the time of one call.
+        let mut attempts = Attempts::at_read(&self.connections, deadline);
+        while let Some(attempt) = attempts.next().await {
+            let call = Call::at(node, command, arguments.clone());
+            match attempt.run(call).await {
+                Ok(reply) => return Ok(reply),
+                Err(fault) => attempts.failed(&attempt, fault)?,
+            }
+        }
+        Err(attempts.used_up())
     }
 
     /// The reply to the same command on each of some keys; None where another
@@ -247,11 +320,8 @@ impl KeySpace {
         keys: &[GroupKey],
         deadline: Deadline,
     ) -> Result<Vec<Option<Value>>, NotDone> {
-        let mut commands = Vec::with_capacity(keys.len());
-        for key in keys {
-            commands.push((on_key(command), vec![self.redis_key(key).into()]));
-        }
-        self.read(commands, deadline).await
+        let call = |place: &Place| Call::on(place, command, vec![place.key.as_str().into()]);
+        self.read(keys, call, deadline).await
     }
 
     /// The reply of `read.lua` for each of some keys; None where another type
@@ -261,44 +331,46 @@ impl KeySpace {
         keys: &[GroupKey],
         deadline: Deadline,
     ) -> Result<Vec<Option<Value>>, NotDone> {
-        let mut commands = Vec::with_capacity(keys.len());
-        for key in keys {
-            let arguments = script::READ.arguments(&self.redis_key(key), Vec::new());
-            commands.push((script::READ.command(), arguments));
-        }
-        self.read(commands, deadline).await
+        let call = |place: &Place| script::READ.call(place, Vec::new());
+        self.read(keys, call, deadline).await
     }
 
-    /// The reply to a command that no type is foreign to.
-    async fn read_one(
-        &self,
-        command: CustomCommand,
-        arguments: Vec<Value>,
-        deadline: Deadline,
-    ) -> Result<Value, NotDone> {
-        let replies = self.read(vec![(command, arguments)], deadline).await?;
-        Ok(replies.into_iter().flatten().next().unwrap_or(Value::Null))
-    }
-
-    /// The replies to commands in one pipeline; None where another type lives.
+    /// The replies to one call on each of some keys, in one pipeline; None where
+    /// another type lives.
     async fn read(
         &self,
-        commands: Vec<(CustomCommand, Vec<Value>)>,
+        keys: &[GroupKey],
+        call: impl Fn(&Place) -> Call,
         deadline: Deadline,
     ) -> Result<Vec<Option<Value>>, NotDone> {
-        if commands.is_empty() {
+        if keys.is_empty() {
             return Ok(Vec::new());
         }
         // Each step of a listing gets the time of one call.
         let mut attempts = Attempts::at_read(&self.connections, deadline);
         while let Some(attempt) = attempts.next().await {
-            let replies = attempt.pipeline(commands.clone()).await;
+            let calls: Option<Vec<_>> = {
+                let topology = self.connections.topology();
+                let places = keys.iter().map(|key| topology.place(self.redis_key(key)));
+                places.map(|place| place.as_ref().map(&call)).collect()
+            };
+            let replies = match calls {
+                Some(calls) => attempt.pipeline(calls).await,
+                None => Err(Fault::NotRun(Topology::NO_SERVER.into())),
+            };
             match replies.and_then(|replies| replies.into_iter().map(unless_foreign).collect()) {
                 Ok(values) => return Ok(values),
+                Err(Fault::Redirected) if attempt.redirected => {
+                    // A key is on its way to another server, and so may be keys
+                    // that were not seen.
+                    return Err(StoreError::ListingRestarted.into());
+                }
                 Err(fault) => {
                     if fault == Fault::NoScript {
                         // What fails here fails again in the next attempt.
-                        let _ = script::READ.load(&attempt).await;
+                        for node in self.connections.topology().nodes() {
+                            let _ = script::READ.load(&attempt, &node).await;
+                        }
                     }
                     attempts.failed(&attempt, fault)?;
                 }
@@ -308,21 +380,68 @@ impl KeySpace {
     }
 }
 
+// === impl Position ===
+
+impl Position {
+    const START: Self = Self {
+        server: 0,
+        cursor: 0,
+    };
+    const INVALID: &str = "this page token has no valid cursor";
+
+    /// Where to go on when a `SCAN` from here has given `cursor`; None at the end.
+    fn next(&self, cursor: u64, servers: &Servers) -> Option<Self> {
+        let next = match cursor {
+            0 => Self {
+                server: self.server + 1,
+                cursor: 0,
+            },
+            _ => Self {
+                server: self.server,
+                cursor,
+            },
+        };
+        (next.server < servers.nodes.len()).then_some(next)
+    }
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.server, self.cursor)
+    }
+}
+
+impl FromStr for Position {
+    type Err = StoreError;
+
+    fn from_str(text: &str) -> Result<Self, StoreError> {
+        let position = text.split_once(':').and_then(|(server, cursor)| {
+            Some(Self {
+                server: server.parse().ok()?,
+                cursor: cursor.parse().ok()?,
+            })
+        });
+        position.ok_or(StoreError::InvalidPageToken(Self::INVALID))
+    }
+}
+
 // === impl Reading ===
 
 impl Reading {
     async fn next(&mut self) -> Result<Option<DocumentBatch>, NotDone> {
         if self.found.is_empty() {
-            let Some(cursor) = self.cursor.take() else {
+            let Some(position) = self.position.take() else {
                 return Ok(None);
             };
-            self.find(&cursor).await?;
+            self.find(position).await?;
         }
         let documents = self.read().await?;
-        if self.cursor.is_none() && self.found.is_empty() {
+        if self.position.is_none() && self.found.is_empty() {
             // After the last read and before it is handed out: what was read is
-            // complete only if one server was read to the end.
-            self.keys.check_run_id(&self.run_id, self.deadline).await?;
+            // complete only if the same servers were read to the end.
+            self.keys
+                .check_identity(&self.servers, self.deadline)
+                .await?;
         }
         Ok(Some(DocumentBatch {
             documents,
@@ -331,12 +450,13 @@ impl Reading {
     }
 
     /// Looks for more keys.
-    async fn find(&mut self, cursor: &str) -> Result<(), NotDone> {
+    async fn find(&mut self, from: Position) -> Result<(), NotDone> {
+        let count = KeySpace::SCAN_COUNT;
         let scanned = self
             .keys
-            .scan(&self.prefix, cursor, KeySpace::SCAN_COUNT, self.deadline)
+            .scan(&self.prefix, &self.servers, from, count, self.deadline)
             .await?;
-        self.cursor = scanned.cursor;
+        self.position = scanned.next;
         let mut keys = Vec::with_capacity(scanned.keys.len());
         for key in &scanned.keys {
             match group_key(key) {
@@ -461,6 +581,22 @@ mod tests {
     #[test]
     fn glob_characters_are_escaped() {
         assert_eq!(escape_glob(r"a*b?[c]\d{e}^-"), r"a\*b\?\[c\]\\d{e}^-");
+    }
+
+    #[test]
+    fn a_listing_goes_through_the_servers_one_after_the_other() {
+        let servers = Servers {
+            nodes: vec![Node::Only, Node::Only],
+            identity: String::new(),
+        };
+        let at = |server, cursor| Position { server, cursor };
+        assert_eq!(Position::START.next(7, &servers), Some(at(0, 7)));
+        assert_eq!(at(0, 7).next(0, &servers), Some(at(1, 0)));
+        assert_eq!(at(1, 0).next(0, &servers), None);
+        assert_eq!(at(1, u64::MAX).to_string().parse(), Ok(at(1, u64::MAX)));
+        for bad in ["", "7", ":", "1:", "-1:0", "0:18446744073709551616"] {
+            assert!(bad.parse::<Position>().is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -3,15 +3,13 @@
 use std::sync::LazyLock;
 
 use bytes::Bytes;
-use fred::{
-    prelude::Value,
-    types::{ClusterHash, CustomCommand},
-};
+use fred::prelude::Value;
 use sha1::{Digest, Sha1};
 
 use super::{
-    attempt::{Attempt, Trail, on_any_node},
+    attempt::{Attempt, Call, Trail},
     fault::Fault,
+    topology::{Node, Place},
 };
 use crate::store::StoreError;
 
@@ -67,41 +65,29 @@ pub struct ScriptReply {
 
 impl Script {
     fn new(source: &'static str) -> Self {
-        let digest = Sha1::digest(source);
         Self {
             source,
-            sha1: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+            sha1: sha1_hex(source),
         }
     }
 
-    /// The command that calls the script, for a pipeline.
-    pub fn command(&self) -> CustomCommand {
-        // The key stands after the digest and the number of keys.
-        CustomCommand::new_static("EVALSHA", ClusterHash::Offset(2), false)
-    }
-
-    /// The arguments of [`Script::command`].
-    pub fn arguments(&self, key: &str, arguments: Vec<Value>) -> Vec<Value> {
+    /// A call of the script.
+    pub fn call(&self, place: &Place, arguments: Vec<Value>) -> Call {
         let mut all = Vec::with_capacity(arguments.len() + 3);
         all.push(self.sha1.as_str().into());
         all.push("1".into());
-        all.push(key.into());
+        all.push(place.key.as_str().into());
         all.extend(arguments);
-        all
+        Call::on(place, "EVALSHA", all)
     }
 
     /// Calls a script that changes nothing.
-    pub async fn run(
-        &self,
-        attempt: &Attempt,
-        key: &str,
-        arguments: Vec<Value>,
-    ) -> Result<ScriptReply, Fault> {
-        let arguments = self.arguments(key, arguments);
-        let reply = match attempt.run(self.command(), arguments.clone()).await {
+    pub async fn run(&self, attempt: &Attempt, place: &Place) -> Result<ScriptReply, Fault> {
+        let call = self.call(place, Vec::new());
+        let reply = match attempt.run(call.clone()).await {
             Err(Fault::NoScript) => {
-                self.load(attempt).await?;
-                attempt.run(self.command(), arguments).await?
+                self.load(attempt, &place.node).await?;
+                attempt.run(call).await?
             }
             reply => reply?,
         };
@@ -113,25 +99,24 @@ impl Script {
         &self,
         attempt: &Attempt,
         trail: &Trail,
-        key: &str,
+        place: &Place,
         arguments: Vec<Value>,
     ) -> Result<ScriptReply, Fault> {
-        let arguments = self.arguments(key, arguments);
-        let first = attempt.run_write(trail, self.command(), arguments.clone());
-        let reply = match first.await {
+        let call = self.call(place, arguments);
+        let reply = match attempt.run_write(trail, call.clone()).await {
             Err(Fault::NoScript) => {
-                self.load(attempt).await?;
-                attempt.run_write(trail, self.command(), arguments).await?
+                self.load(attempt, &place.node).await?;
+                attempt.run_write(trail, call).await?
             }
             reply => reply?,
         };
         ScriptReply::parse(reply)
     }
 
-    /// Makes the script known to the server.
-    pub async fn load(&self, attempt: &Attempt) -> Result<(), Fault> {
+    /// Makes the script known to a server.
+    pub async fn load(&self, attempt: &Attempt, node: &Node) -> Result<(), Fault> {
         let arguments = vec!["LOAD".into(), self.source.into()];
-        let loaded = attempt.run(on_any_node("SCRIPT"), arguments).await;
+        let loaded = attempt.run(Call::at(node, "SCRIPT", arguments)).await;
         loaded.map(|_| ()).map_err(Fault::before_the_write)
     }
 }
@@ -187,6 +172,12 @@ impl ScriptReply {
     pub fn bytes(&self, at: usize) -> Option<Bytes> {
         self.values.get(at).and_then(bytes)
     }
+}
+
+/// The SHA-1 digest of a text, as Redis writes it.
+pub fn sha1_hex(text: &str) -> String {
+    let digest = Sha1::digest(text);
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The bytes of a string value, without copying them.

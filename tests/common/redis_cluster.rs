@@ -1,0 +1,215 @@
+//! A real Redis Cluster.
+
+use std::time::{Duration, Instant};
+
+use redis::{FromRedisValue, aio::MultiplexedConnection};
+
+use super::{free_address, redis_server::RedisServer};
+
+/// Three primaries that share the slots, some with a replica.
+pub struct RedisCluster {
+    /// The primaries, in the order of their slots, at the beginning.
+    pub primaries: Vec<RedisServer>,
+    /// One of each primary, or none.
+    pub replicas: Vec<RedisServer>,
+}
+
+/// First and last slot of each primary.
+const SLOTS: [(u16, u16); 3] = [(0, 5_460), (5_461, 10_922), (10_923, 16_383)];
+
+impl RedisCluster {
+    /// Three primaries, which nobody replaces.
+    pub async fn start() -> Self {
+        // Longer than any stall of a busy machine.
+        Self::start_with(false, Duration::from_secs(10)).await
+    }
+
+    /// Three primaries with a replica each, which takes over when its primary is
+    /// silent for `node_timeout`.
+    pub async fn start_replicated(node_timeout: Duration) -> Self {
+        Self::start_with(true, node_timeout).await
+    }
+
+    async fn start_with(replicated: bool, node_timeout: Duration) -> Self {
+        let mut primaries = Vec::new();
+        let mut replicas = Vec::new();
+        for _ in SLOTS {
+            primaries.push(start_node(node_timeout).await);
+            if replicated {
+                replicas.push(start_node(node_timeout).await);
+            }
+        }
+        let cluster = Self {
+            primaries,
+            replicas,
+        };
+        cluster.join().await;
+        cluster
+    }
+
+    /// The address of one primary as a URL; clients find the others.
+    pub fn url(&self) -> String {
+        format!("redis-cluster://{}", self.primaries[0].addr())
+    }
+
+    /// The primary that has a slot at the beginning.
+    pub fn owner_of(slot: u16) -> usize {
+        let has_it = |(first, last): &(u16, u16)| (*first..=*last).contains(&slot);
+        SLOTS.iter().position(has_it).expect("all slots are shared")
+    }
+
+    /// Moves a slot with these keys in it from one primary to another, as
+    /// `redis-cli --cluster reshard` does, and not in a hurry.
+    pub async fn migrate(&self, slot: u16, from: usize, to: usize, keys: &[String]) {
+        let mut connections = Vec::new();
+        let mut ids: Vec<String> = Vec::new();
+        for primary in &self.primaries {
+            let mut connection = primary.connect().await;
+            ids.push(cluster(&mut connection, &["MYID"]).await);
+            connections.push(connection);
+        }
+        let slot = slot.to_string();
+        let set =
+            |what: &'static str, id: &str| ["SETSLOT", &slot, what, id].map(ToOwned::to_owned);
+        let words = set("IMPORTING", &ids[from]);
+        let () = cluster(&mut connections[to], &words).await;
+        let words = set("MIGRATING", &ids[to]);
+        let () = cluster(&mut connections[from], &words).await;
+        let target = self.primaries[to].addr();
+        for key in keys {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            let () = redis::cmd("MIGRATE")
+                .arg(target.ip().to_string())
+                .arg(target.port())
+                .arg(key)
+                .arg(0)
+                .arg(1_000)
+                .query_async(&mut connections[from])
+                .await
+                .unwrap();
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        // First where the slot goes.
+        for node in [to, from].into_iter().chain(0..ids.len()) {
+            let words = set("NODE", &ids[to]);
+            let () = cluster(&mut connections[node], &words).await;
+        }
+    }
+
+    fn nodes(&self) -> impl Iterator<Item = &RedisServer> {
+        self.primaries.iter().chain(&self.replicas)
+    }
+
+    async fn join(&self) {
+        for (primary, (first, last)) in self.primaries.iter().zip(SLOTS) {
+            let mut connection = primary.connect().await;
+            let slots = ["ADDSLOTSRANGE", &first.to_string(), &last.to_string()];
+            let () = cluster(&mut connection, &slots).await;
+        }
+        let mut first = self.primaries[0].connect().await;
+        for node in self.nodes().skip(1) {
+            let bus = bus_port(node).await;
+            let (ip, port) = (node.addr().ip().to_string(), node.addr().port().to_string());
+            let () = cluster(&mut first, &["MEET", &ip, &port, &bus]).await;
+        }
+        self.wait_for_all("know each other", |info| {
+            info.contains(&format!("cluster_known_nodes:{}", self.nodes().count()))
+        })
+        .await;
+        for (replica, primary) in self.replicas.iter().zip(&self.primaries) {
+            let id: String = cluster(&mut primary.connect().await, &["MYID"]).await;
+            let begin = Instant::now();
+            let mut connection = replica.connect().await;
+            let mut command = redis::cmd("CLUSTER");
+            command.arg("REPLICATE").arg(&id);
+            // Until it has heard of the primary by gossip.
+            while command.query_async::<()>(&mut connection).await.is_err() {
+                assert!(begin.elapsed() < Duration::from_secs(10), "no replica");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        self.wait_for_all("are one cluster", |info| {
+            info.contains("cluster_state:ok") && info.contains("cluster_slots_ok:16384")
+        })
+        .await;
+        for (replica, primary) in self.replicas.iter().zip(&self.primaries) {
+            wait_until_in_sync(replica, primary).await;
+        }
+    }
+
+    async fn wait_for_all(&self, what: &str, holds: impl Fn(&str) -> bool) {
+        let begin = Instant::now();
+        for node in self.nodes() {
+            let mut connection = node.connect().await;
+            loop {
+                let info: String = cluster(&mut connection, &["INFO"]).await;
+                if holds(&info) {
+                    break;
+                }
+                let waited = begin.elapsed();
+                assert!(waited < Duration::from_secs(20), "the nodes {what}: {info}");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+    }
+}
+
+async fn start_node(node_timeout: Duration) -> RedisServer {
+    // The usual port of the bus, 10,000 above, may be taken or none at all.
+    let bus = free_address().port().to_string();
+    let timeout = node_timeout.as_millis().to_string();
+    RedisServer::start_with(&[
+        "--cluster-enabled",
+        "yes",
+        "--cluster-port",
+        &bus,
+        "--cluster-node-timeout",
+        &timeout,
+    ])
+    .await
+}
+
+async fn bus_port(node: &RedisServer) -> String {
+    let mut command = redis::cmd("CONFIG");
+    let port: (String, String) = command
+        .arg("GET")
+        .arg("cluster-port")
+        .query_async(&mut node.connect().await)
+        .await
+        .unwrap();
+    port.1
+}
+
+async fn wait_until_in_sync(replica: &RedisServer, primary: &RedisServer) {
+    let begin = Instant::now();
+    let mut connection = replica.connect().await;
+    loop {
+        let info: String = redis::cmd("INFO")
+            .arg("replication")
+            .query_async(&mut connection)
+            .await
+            .unwrap();
+        if info.contains("master_link_status:up") {
+            return;
+        }
+        assert!(
+            begin.elapsed() < Duration::from_secs(20),
+            "{} does not follow {}: {info}",
+            replica.addr(),
+            primary.addr()
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Runs a `CLUSTER` command on one node.
+async fn cluster<T: FromRedisValue>(
+    connection: &mut MultiplexedConnection,
+    words: &[impl AsRef<str>],
+) -> T {
+    let words: Vec<&str> = words.iter().map(AsRef::as_ref).collect();
+    let mut command = redis::cmd("CLUSTER");
+    command.arg(&words);
+    let reply = command.query_async(connection).await;
+    reply.unwrap_or_else(|error| panic!("CLUSTER {words:?}: {error}"))
+}
