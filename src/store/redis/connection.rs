@@ -234,7 +234,9 @@ impl Connections {
     fn learn(&self, topology: Topology) {
         let mut known = lock(&self.topology);
         if **known != topology {
-            tracing::debug!(nodes = topology.nodes().len(), "the cluster has changed");
+            let nodes = topology.nodes();
+            tracing::debug!(nodes = nodes.len(), "the cluster has changed");
+            lock(&self.clocks).retain(|node, _| nodes.contains(node));
             *known = Arc::new(topology);
         }
     }

@@ -97,9 +97,9 @@ impl Topology {
     /// The server that holds a key; None if no server has its slot.
     pub fn node_of(&self, key: &str) -> Option<&Node> {
         let slot = redis_keyslot(key.as_bytes());
-        let ranges = self.ranges.iter();
-        let mut holding = ranges.filter(|(first, last, _)| (*first..=*last).contains(&slot));
-        holding.next().map(|(_, _, node)| node)
+        let at = self.ranges.partition_point(|(_, last, _)| *last < slot);
+        let (first, _, node) = self.ranges.get(at)?;
+        (*first <= slot).then_some(node)
     }
 
     /// Where a key lives, as far as is known; None if no server has its slot.
