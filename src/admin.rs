@@ -12,7 +12,13 @@ use std::sync::{
     atomic::{AtomicU8, Ordering},
 };
 
-use axum::{Json, Router, extract::State, http::StatusCode, routing::get};
+use axum::{
+    Json, Router,
+    extract::State,
+    http::{StatusCode, header::CONTENT_TYPE},
+    response::{IntoResponse, Response},
+    routing::get,
+};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
 use tokio::net::TcpListener;
@@ -25,6 +31,9 @@ use crate::{
     telemetry,
     version::InstanceId,
 };
+
+/// The text format of Prometheus.
+const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// What the HTTP port shows.
 pub struct Admin {
@@ -147,11 +156,7 @@ impl Admin {
     }
 
     fn health(&self) -> Health {
-        let Usage {
-            entries,
-            bytes,
-            dirty,
-        } = self.memory.usage();
+        let usage = self.usage();
         let (redis, switch) = match &self.failover {
             None => (
                 RedisHealth {
@@ -187,12 +192,20 @@ impl Admin {
             redis,
             switch,
             mirror: MirrorHealth {
-                entries,
-                bytes,
-                // Without Redis there is nobody to be told.
-                dirty: if self.failover.is_some() { dirty } else { 0 },
+                entries: usage.entries,
+                bytes: usage.bytes,
+                dirty: usage.dirty,
             },
         }
+    }
+
+    fn usage(&self) -> Usage {
+        let mut usage = self.memory.usage();
+        if self.failover.is_none() {
+            // Without Redis there is nobody to be told.
+            (usage.dirty, usage.dirty_bytes) = (0, 0);
+        }
+        usage
     }
 }
 
@@ -209,22 +222,14 @@ async fn health(State(admin): State<Arc<Admin>>) -> Json<Health> {
     Json(admin.health())
 }
 
-async fn metrics(State(admin): State<Arc<Admin>>) -> (StatusCode, String) {
-    let MirrorHealth {
-        entries,
-        bytes,
-        dirty,
-    } = admin.health().mirror;
-    telemetry::mirror(Usage {
-        entries,
-        bytes,
-        dirty,
-    });
+async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
+    telemetry::mirror(admin.usage());
     match &admin.metrics {
-        Some(metrics) => (StatusCode::OK, metrics.render()),
+        Some(metrics) => ([(CONTENT_TYPE, EXPOSITION)], metrics.render()).into_response(),
         None => (
             StatusCode::SERVICE_UNAVAILABLE,
-            "this process does not count\n".into(),
-        ),
+            "this process does not count\n",
+        )
+            .into_response(),
     }
 }

@@ -13,7 +13,11 @@ use fred::prelude::{
 use tokio::{sync::watch, time::Instant};
 
 use super::fault::{is_reply_of_redis, readable};
-use crate::{store::StoreError, version::IntervalClock};
+use crate::{
+    store::StoreError,
+    telemetry::{self, RedisCommand},
+    version::IntervalClock,
+};
 
 /// Where Redis is and how to reach it. Its debug form holds no credentials.
 #[derive(Clone)]
@@ -215,6 +219,7 @@ impl Connections {
         while Instant::now() < end {
             // What is sent without a connection waits for the next one in fred.
             if client.is_connected() {
+                let _measured = telemetry::redis_attempt(RedisCommand::Other);
                 match tokio::time::timeout_at(end, client.ping::<Value>(None)).await {
                     Ok(Ok(_)) => return Ok(()),
                     Ok(Err(error)) if is_reply_of_redis(error.details()) => {

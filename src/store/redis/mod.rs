@@ -36,7 +36,12 @@ use super::{
     Deadline, Deletion, KeyPage, StoreError,
     documents::{DocumentBatch, StoredDocument, Write, WriteOutcome},
 };
-use crate::{document::Document, group::GroupKey, version::Version};
+use crate::{
+    document::Document,
+    group::GroupKey,
+    telemetry::{self, RedisCommand},
+    version::Version,
+};
 
 /// Keeps documents in Redis. Cheap to clone.
 #[derive(Clone)]
@@ -149,6 +154,7 @@ impl RedisStore {
         };
         let results = match first {
             Some(attempt) => {
+                let _measured = telemetry::redis_attempt(RedisCommand::Write);
                 let results = self.pipeline(writes, &attempt, trails).await;
                 if results.contains(&Err(Fault::NoScript)) {
                     // Once for all; what fails here fails again below, and is
@@ -183,6 +189,7 @@ impl RedisStore {
     ) -> Result<Option<StoredDocument>, NotDone> {
         let mut attempts = Attempts::at_read(&self.connections, deadline);
         while let Some(attempt) = attempts.next().await {
+            let _measured = telemetry::redis_attempt(RedisCommand::Read);
             match self.try_read(key, with_expiry, &attempt).await {
                 Ok(found) => return Ok(found),
                 Err(fault) => attempts.failed(&attempt, fault)?,
@@ -201,6 +208,7 @@ impl RedisStore {
     ) -> Result<Deletion, NotDone> {
         let mut attempts = Attempts::at_write(&self.connections, deadline, trail);
         while let Some(attempt) = attempts.next().await {
+            let _measured = telemetry::redis_attempt(RedisCommand::Delete);
             match self.try_remove(key, expected, &attempt, trail).await {
                 Ok(deletion) => return Ok(deletion),
                 Err(fault) => attempts.failed(&attempt, fault)?,
@@ -220,6 +228,7 @@ impl RedisStore {
         let trail = Trail::default();
         let mut attempts = Attempts::at_write(&self.connections, deadline, &trail);
         while let Some(attempt) = attempts.next().await {
+            let _measured = telemetry::redis_attempt(RedisCommand::Restore);
             match self.try_restore(lost, &attempt, &trail).await {
                 Ok(offered) => return Ok(offered),
                 Err(fault) => attempts.failed(&attempt, fault)?,
@@ -302,6 +311,7 @@ impl RedisStore {
         trail: &Trail,
     ) -> Result<WriteOutcome, NotDone> {
         while let Some(attempt) = attempts.next().await {
+            let _measured = telemetry::redis_attempt(RedisCommand::Write);
             match self.try_write(write, &attempt, trail).await {
                 Ok(outcome) => return Ok(outcome),
                 Err(fault) => attempts.failed(&attempt, fault)?,

@@ -26,6 +26,7 @@ use crate::{
         documents::{DocumentBatch, StoredDocument},
         page_token::PageToken,
     },
+    telemetry::{self, RedisCommand},
 };
 
 /// The keys of the service in Redis. Cheap to clone.
@@ -289,9 +290,14 @@ impl KeySpace {
         if commands.is_empty() {
             return Ok(Vec::new());
         }
+        let kind = match &*commands[0].0.cmd {
+            "INFO" => RedisCommand::Other,
+            _ => RedisCommand::Scan,
+        };
         // Each step of a listing gets the time of one call.
         let mut attempts = Attempts::at_read(&self.connections, deadline);
         while let Some(attempt) = attempts.next().await {
+            let _measured = telemetry::redis_attempt(kind);
             let replies = attempt.pipeline(commands.clone()).await;
             match replies.and_then(|replies| replies.into_iter().map(unless_foreign).collect()) {
                 Ok(values) => return Ok(values),
