@@ -6,6 +6,7 @@ mod common;
 #[path = "../api/double.rs"]
 mod double;
 
+mod log_level;
 mod metrics;
 mod scrape;
 
