@@ -454,11 +454,15 @@ pub fn mirror(usage: Usage) {
 
 /// A merge has kept one of two reports of each of these alerts.
 pub fn reports_dropped(key: &GroupKey, fingerprints: &[String]) {
+    /// Fingerprints that one event names.
+    const NAMED: usize = 10;
+
     METERS.reports_dropped.increment(fingerprints.len() as u64);
     seldom!(
         info,
         key = key.as_str(),
-        ?fingerprints,
+        reports = fingerprints.len(),
+        fingerprints = ?&fingerprints[..fingerprints.len().min(NAMED)],
         "merged a group: of two reports of these alerts the later one was kept"
     );
 }

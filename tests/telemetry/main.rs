@@ -7,6 +7,7 @@ mod common;
 mod double;
 
 mod log_level;
+mod logs;
 mod metrics;
 mod scrape;
 
