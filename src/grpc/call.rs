@@ -32,7 +32,7 @@ const TRACE_PARENT: HeaderName = HeaderName::from_static("traceparent");
 pub struct CallContext(Arc<Call>);
 
 struct Call {
-    /// None: it is none of our service.
+    /// None: a call of another service, such as health.
     operation: Option<Operation>,
     request_id: RequestId,
     /// Only taken where the log wants it.
@@ -61,6 +61,9 @@ pub struct RequestId(HeaderValue);
 // === impl CallContext ===
 
 impl CallContext {
+    /// Bytes of a key that the log shows: all, of one that is valid.
+    const LOGGED_KEY: usize = 4_096;
+
     /// Reads the headers of a call that was received now.
     pub fn of<B>(request: &Request<B>, in_flight: TaskTrackerToken) -> Self {
         let operation = operation(request.uri().path());
@@ -106,20 +109,20 @@ impl CallContext {
     /// Says which group the call is about.
     pub fn concerns<'a>(&self, key: impl FnOnce() -> Option<&'a String>) {
         if is_logged() {
-            self.0.told().key = key().cloned();
+            // One that is refused may be as long as a request.
+            let logged = |key: &String| key[..key.floor_char_boundary(Self::LOGGED_KEY)].to_owned();
+            self.0.told().key = key().map(logged);
         }
     }
 
     /// Says what has come of the call.
     pub fn succeeds(&self, result: CallResult, backend: Backend) {
-        let mut told = self.0.told();
-        (told.result, told.backend) = (Some(result), Some(backend));
+        self.0.tell(result, Some(backend));
     }
 
     /// The status of a call that fails. `now` would answer a call that came now.
     pub fn refuse(&self, error: CallError, now: Backend) -> Status {
-        let mut told = self.0.told();
-        (told.result, told.backend) = (Some(error.result()), error.backend());
+        self.0.tell(error.result(), error.backend());
         error.into_status(self.0.request_id.as_str(), now)
     }
 
@@ -141,6 +144,11 @@ impl fmt::Debug for CallContext {
 // === impl Call ===
 
 impl Call {
+    fn tell(&self, result: CallResult, backend: Option<Backend>) {
+        let mut told = self.told();
+        (told.result, told.backend) = (Some(result), backend);
+    }
+
     fn told(&self) -> MutexGuard<'_, Told> {
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }

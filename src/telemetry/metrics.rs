@@ -160,11 +160,9 @@ pub struct RedisAttempt {
     begun: Instant,
 }
 
-static METERS: LazyLock<Meters> = LazyLock::new(|| {
-    // What is made before the recorder is set counts nothing.
-    LazyLock::force(&HANDLE);
-    Meters::new()
-});
+/// They belong to the recorder that is set when the first of them is used. A
+/// process that uses this library for something else has its own, or none.
+static METERS: LazyLock<Meters> = LazyLock::new(Meters::new);
 
 static HANDLE: LazyLock<Option<PrometheusHandle>> = LazyLock::new(|| {
     let mut builder = PrometheusBuilder::new();
@@ -179,11 +177,13 @@ static HANDLE: LazyLock<Option<PrometheusHandle>> = LazyLock::new(|| {
     Some(handle)
 });
 
-/// Counts from the first call on. What was counted is rendered by the handle;
-/// None if this process counts elsewhere.
+/// Counts from the first call on, which has to come before anything that counts.
+/// What was counted is rendered by the handle; None if this process counts
+/// elsewhere.
 pub fn metrics() -> Option<PrometheusHandle> {
+    let handle = HANDLE.clone();
     LazyLock::force(&METERS);
-    HANDLE.clone()
+    handle
 }
 
 /// Keeps what was measured from piling up when nobody scrapes.

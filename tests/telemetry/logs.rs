@@ -83,11 +83,13 @@ async fn each_call_is_one_event_with_everything_that_is_known_of_it() {
     );
 
     client
-        .store(named("bad-store", store_request("")))
+        .store(named("bad-store", store_request(&"€".repeat(5_000))))
         .await
         .unwrap_err();
     let event = event_of(&service, "bad-store");
     assert_eq!(event["result"], "invalid");
+    let key = event["key"].as_str().unwrap();
+    assert_eq!(key.len(), 4_095, "one that is too long is cut");
     assert_eq!(event["backend"], Value::Null, "no backend was asked");
 
     let request = named("the-stream", pb::LoadAllRequest::default());

@@ -6,8 +6,8 @@
 #   .tools/bin/grpcurl        1.8.6
 #   .tools/bin/buf            the version pinned in package.json
 # .tools/ is git-ignored and may be removed at any time. Nothing is shipped with
-# the service; licences: Redis 7.0 BSD, Prometheus, gRPC and buf
-# Apache-2.0, grpcurl MIT.
+# the service; licences: Redis 7.0 BSD, Prometheus, gRPC and buf Apache-2.0, grpcurl
+# MIT.
 set -euo pipefail
 
 # One run at a time: test binaries may call this in parallel.
