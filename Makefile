@@ -27,7 +27,7 @@ lint: tools ## Check formatting, clippy, and that the proto is well-formed and c
 	$(BUF) lint proto
 	$(BUF) breaking proto --against $(PROTO_IMAGE)
 
-tools: ## Install the programs of the tests: Redis by apt, the others into .tools/
+tools: ## Install the programs of the tests: Redis and promtool by apt, the others into .tools/
 	tests/tools/install.sh
 
 # The image is what clients were promised, so `lint` must have passed against the

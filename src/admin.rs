@@ -6,25 +6,42 @@
 //! | `/readyz` | 200 while calls are served, from memory too; 503 while stopping |
 //! | `/health` | what answers, since when and why, as JSON |
 //! | `/metrics` | what was counted, for Prometheus |
+//! | `/loglevel` | the level of the log; PUT, from this machine, sets it |
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU8, Ordering},
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
 };
 
-use axum::{Json, Router, extract::State, http::StatusCode, routing::get};
+use axum::{
+    Json, Router,
+    extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts, State},
+    http::{StatusCode, header::CONTENT_TYPE, request::Parts},
+    response::{IntoResponse, Response},
+    routing::get,
+};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
 use tokio::net::TcpListener;
 
 use crate::{
+    config::LogLevel,
     store::{
         failover::Failover,
         memory::{MemoryStore, Usage},
     },
-    telemetry,
+    telemetry::{self, LogControl},
     version::InstanceId,
 };
+
+/// The text format of Prometheus.
+const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// More than any request here has to say.
+const MAX_BODY_BYTES: usize = 1_024;
 
 /// What the HTTP port shows.
 pub struct Admin {
@@ -34,6 +51,8 @@ pub struct Admin {
     instance: InstanceId,
     phase: AtomicU8,
     metrics: Option<PrometheusHandle>,
+    /// None if this process writes its log elsewhere.
+    log: Option<Arc<LogControl>>,
 }
 
 /// Where the process is in its life.
@@ -44,6 +63,12 @@ pub enum Phase {
     Serving,
     Stopping,
 }
+
+/// Why a request is not done, for people.
+type Refusal = (StatusCode, String);
+
+/// The request comes from this machine.
+struct FromHere;
 
 /// The body of `/health`.
 #[derive(Debug, Serialize)]
@@ -112,6 +137,7 @@ impl Admin {
             instance: instance.clone(),
             phase: AtomicU8::new(Phase::Starting as u8),
             metrics: telemetry::metrics(),
+            log: telemetry::log_control(),
         }
     }
 
@@ -121,15 +147,22 @@ impl Admin {
 
     /// Serves until it is dropped.
     pub async fn serve(self: Arc<Self>, listener: TcpListener) {
-        let app = Router::new()
+        let app = self.router();
+        let app = app.into_make_service_with_connect_info::<SocketAddr>();
+        if let Err(error) = axum::serve(listener, app).await {
+            tracing::error!(%error, "the HTTP server failed");
+        }
+    }
+
+    fn router(self: Arc<Self>) -> Router {
+        Router::new()
             .route("/livez", get(async || "ok\n"))
             .route("/readyz", get(readyz))
             .route("/health", get(health))
             .route("/metrics", get(metrics))
-            .with_state(self);
-        if let Err(error) = axum::serve(listener, app).await {
-            tracing::error!(%error, "the HTTP server failed");
-        }
+            .route("/loglevel", get(log_level).put(set_log_level))
+            .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+            .with_state(self)
     }
 
     fn status(&self) -> Status {
@@ -147,11 +180,7 @@ impl Admin {
     }
 
     fn health(&self) -> Health {
-        let Usage {
-            entries,
-            bytes,
-            dirty,
-        } = self.memory.usage();
+        let usage = self.usage();
         let (redis, switch) = match &self.failover {
             None => (
                 RedisHealth {
@@ -187,12 +216,27 @@ impl Admin {
             redis,
             switch,
             mirror: MirrorHealth {
-                entries,
-                bytes,
-                // Without Redis there is nobody to be told.
-                dirty: if self.failover.is_some() { dirty } else { 0 },
+                entries: usage.entries,
+                bytes: usage.bytes,
+                dirty: usage.dirty,
             },
         }
+    }
+
+    fn log(&self) -> Result<&Arc<LogControl>, Refusal> {
+        self.log.as_ref().ok_or_else(|| {
+            let text = "this process writes its log elsewhere\n".into();
+            (StatusCode::SERVICE_UNAVAILABLE, text)
+        })
+    }
+
+    fn usage(&self) -> Usage {
+        let mut usage = self.memory.usage();
+        if self.failover.is_none() {
+            // Without Redis there is nobody to be told.
+            (usage.dirty, usage.dirty_bytes) = (0, 0);
+        }
+        usage
     }
 }
 
@@ -209,22 +253,98 @@ async fn health(State(admin): State<Arc<Admin>>) -> Json<Health> {
     Json(admin.health())
 }
 
-async fn metrics(State(admin): State<Arc<Admin>>) -> (StatusCode, String) {
-    let MirrorHealth {
-        entries,
-        bytes,
-        dirty,
-    } = admin.health().mirror;
-    telemetry::mirror(Usage {
-        entries,
-        bytes,
-        dirty,
-    });
+async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
+    telemetry::mirror(admin.usage());
     match &admin.metrics {
-        Some(metrics) => (StatusCode::OK, metrics.render()),
+        Some(metrics) => ([(CONTENT_TYPE, EXPOSITION)], metrics.render()).into_response(),
         None => (
             StatusCode::SERVICE_UNAVAILABLE,
-            "this process does not count\n".into(),
-        ),
+            "this process does not count\n",
+        )
+            .into_response(),
+    }
+}
+
+async fn log_level(State(admin): State<Arc<Admin>>) -> Result<String, Refusal> {
+    Ok(format!("{}\n", admin.log()?.level().name()))
+}
+
+async fn set_log_level(
+    State(admin): State<Arc<Admin>>,
+    _: FromHere,
+    body: String,
+) -> Result<String, Refusal> {
+    let name = body.trim();
+    let level = LogLevel::ALL.into_iter().find(|level| level.name() == name);
+    let level = level.ok_or_else(|| {
+        let names = LogLevel::ALL.map(LogLevel::name).join(", ");
+        let text = format!("the body has to be one of: {names}\n");
+        (StatusCode::BAD_REQUEST, text)
+    })?;
+    Ok(match admin.log()?.set(level) {
+        Some(then) => {
+            let minutes = LogControl::VERBOSE_FOR.as_secs() / 60;
+            format!("{name} for {minutes} minutes, then {}\n", then.name())
+        }
+        None => format!("{name}\n"),
+    })
+}
+
+// === impl FromHere ===
+
+impl<S: Send + Sync> FromRequestParts<S> for FromHere {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Refusal> {
+        let peer = parts.extensions.get::<ConnectInfo<SocketAddr>>();
+        // An IPv4 peer of an IPv6 socket has an address of both.
+        if peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback()) {
+            Ok(Self)
+        } else {
+            let text = "this may only be done from the machine or pod itself: \
+                        send it to a loopback address\n";
+            Err((StatusCode::FORBIDDEN, text.into()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::{body::Body, http::Request};
+    use tower::ServiceExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_log_level_is_set_from_this_machine_only() {
+        let instance = InstanceId::random();
+        let memory = MemoryStore::new(1 << 20, instance.clone());
+        let admin = Arc::new(Admin::of_memory(memory, &instance));
+        let put = |peer: Option<&str>| {
+            let mut request = Request::put("/loglevel").body(Body::from("loud")).unwrap();
+            if let Some(peer) = peer {
+                let peer: SocketAddr = peer.parse().unwrap();
+                request.extensions_mut().insert(ConnectInfo(peer));
+            }
+            admin.clone().router().oneshot(request)
+        };
+        for here in [
+            "127.0.0.1:1",
+            "127.9.9.9:1",
+            "[::1]:1",
+            "[::ffff:127.0.0.1]:1",
+        ] {
+            let reply = put(Some(here)).await.unwrap();
+            assert_eq!(reply.status(), StatusCode::BAD_REQUEST, "{here}");
+        }
+        for elsewhere in [
+            Some("10.0.0.7:1"),
+            Some("[2001:db8::1]:1"),
+            Some("[::ffff:10.0.0.7]:1"),
+            None,
+        ] {
+            let reply = put(elsewhere).await.unwrap();
+            assert_eq!(reply.status(), StatusCode::FORBIDDEN, "{elsewhere:?}");
+        }
     }
 }

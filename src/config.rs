@@ -202,6 +202,28 @@ pub enum LogFormat {
 const LONGEST_TTL: Duration = Duration::from_secs(3_650 * 24 * 3_600);
 const LONGEST_REDIS_TIMEOUT: Duration = Duration::from_secs(60);
 
+// === impl LogLevel ===
+
+impl LogLevel {
+    pub const ALL: [Self; 5] = [
+        Self::Error,
+        Self::Warn,
+        Self::Info,
+        Self::Debug,
+        Self::Trace,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
+}
+
 // === impl Settings ===
 
 impl Settings {

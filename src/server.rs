@@ -24,6 +24,7 @@ use crate::{
         redis::RedisStore,
         switch::Switch,
     },
+    telemetry,
     version::InstanceId,
 };
 
@@ -36,8 +37,8 @@ pub struct Server {
     failover: Option<Failover>,
     admin: Arc<Admin>,
     instance: InstanceId,
-    /// Serves HTTP, as long as this value lives.
-    _http: JoinSet<()>,
+    /// Serves HTTP and keeps the metrics in order, as long as this value lives.
+    _tasks: JoinSet<()>,
 }
 
 /// How to stop.
@@ -152,8 +153,9 @@ impl Server {
         let http = listen("--http-addr", settings.http_addr).await?;
         tracing::info!(addr = %http.local_addr()?, "serving HTTP");
         let admin = Arc::new(admin);
-        let mut serving_http = JoinSet::new();
-        serving_http.spawn(admin.clone().serve(http));
+        let mut tasks = JoinSet::new();
+        tasks.spawn(admin.clone().serve(http));
+        tasks.spawn(telemetry::upkeep_forever());
         Ok(Self {
             settings,
             grpc,
@@ -161,7 +163,7 @@ impl Server {
             failover,
             admin,
             instance,
-            _http: serving_http,
+            _tasks: tasks,
         })
     }
 

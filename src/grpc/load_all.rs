@@ -11,8 +11,11 @@ use tokio::{
 };
 use tonic::Status;
 
-use super::{convert, envelope::CallContext, proto as pb, status::CallError};
-use crate::store::{Answer, Backend, Deadline, LoadAll};
+use super::{call::CallContext, convert, proto as pb, status::CallError};
+use crate::{
+    store::{Answer, Backend, Deadline, LoadAll},
+    telemetry::CallResult,
+};
 
 /// Sends the messages of a LoadAll.
 struct LoadAllSender {
@@ -46,17 +49,27 @@ pub fn messages(
     // One message waits while one is being sent: a slow reader slows the read,
     // and memory stays bounded.
     let (messages, receiver) = mpsc::channel(1);
-    let request_id = context.request_id.clone();
+    let request_id = context.request_id().clone();
     tokio::spawn(async move {
-        let sent = send_all(answer, messages.clone(), context.deadline);
+        let sent = send_all(answer, messages.clone(), context.deadline());
         let sent = AssertUnwindSafe(sent).catch_unwind().await;
         drop(permit);
         let error = match sent {
-            Ok(Ok(()) | Err(SendError::ReaderGone)) => return,
+            Ok(Ok(summary)) => {
+                let result = match summary.problems {
+                    0 => CallResult::Success,
+                    _ => CallResult::Unreadable,
+                };
+                return context.succeeds(result, backend);
+            }
+            Ok(Err(SendError::ReaderGone)) => return,
             Ok(Err(SendError::Call(error))) => error,
-            Err(_panic) => CallError::internal(),
+            Err(_panic) => {
+                context.panicked();
+                CallError::internal()
+            }
         };
-        let status = error.into_status(context.request_id.as_str(), backend);
+        let status = context.refuse(error, backend);
         let send = messages.send_timeout(Err(status), LoadAllSender::STALL_LIMIT);
         // If the reader is gone, nobody is left to be told.
         let _ = send.await;
@@ -119,7 +132,7 @@ async fn send_all(
     answer: Answer<LoadAll>,
     messages: mpsc::Sender<Result<pb::LoadAllResponse, Status>>,
     deadline: Deadline,
-) -> Result<(), SendError> {
+) -> Result<pb::LoadAllSummary, SendError> {
     let mut batches = answer.value.batches;
     let mut sender = LoadAllSender {
         messages,
@@ -148,7 +161,7 @@ async fn send_all(
         }
         sender.message.summary = Some(sender.summary);
         sender.send().await?;
-        Ok(())
+        Ok(sender.summary)
     };
     match deadline.instant() {
         Some(deadline) => tokio::time::timeout_at(deadline, send)

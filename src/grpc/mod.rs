@@ -1,11 +1,12 @@
 //! The protobuf surface: nothing below knows gRPC, nothing above knows how
 //! groups are stored.
 //!
-//! A call passes the [`envelope`] (request id, deadline, load shedding,
-//! panics), then the [`service`]: [`validation`] turns the request into the
+//! A call passes the [`envelope`] (its [`call`] context, load shedding, panics),
+//! then the [`service`]: [`validation`] turns the request into the
 //! domain, the store answers, [`convert`] turns the answer into a reply, and
 //! [`status`] turns whatever went wrong into a status.
 
+pub mod call;
 mod convert;
 pub mod envelope;
 mod load_all;

@@ -6,14 +6,16 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status};
 
 use super::{
-    convert,
-    envelope::CallContext,
-    load_all,
+    call::CallContext,
+    convert, load_all,
     proto::{self as pb, group_state_service_server::GroupStateService},
     status::CallError,
     validation::{Limits, Violations, expected_version, version_to_delete},
 };
-use crate::store::{Backend, Deadline, GroupStore, StoreError, Stored, Swap, Written};
+use crate::{
+    store::{Backend, Deadline, Deletion, GroupStore, StoreError, Stored, Swap, Written},
+    telemetry::{self, CallResult, Limit},
+};
 
 /// The service over any store.
 #[derive(Clone)]
@@ -24,14 +26,11 @@ pub struct Service {
     max_scans: usize,
 }
 
-/// One call, for its log event and its status.
-struct Call {
-    operation: &'static str,
-    context: CallContext,
-    /// The group key, for the log; only taken where it is written.
-    key: Option<String>,
-    /// What an OK reply means for the log: "success", or "conflict".
-    success: &'static str,
+/// A reply, and what is told of it.
+struct Replied<T> {
+    message: T,
+    backend: Backend,
+    result: CallResult,
 }
 
 // === impl Service ===
@@ -48,35 +47,32 @@ impl Service {
     }
 
     fn scan_permit(&self) -> Result<OwnedSemaphorePermit, CallError> {
-        self.scans
-            .clone()
-            .try_acquire_owned()
-            .map_err(|_| CallError::overloaded("max-scans", self.max_scans))
+        self.scans.clone().try_acquire_owned().map_err(|_| {
+            telemetry::call_shed(Limit::MaxScans);
+            CallError::overloaded(Limit::MaxScans, self.max_scans)
+        })
     }
 
-    /// Writes the log event of a call and makes its reply.
-    fn finish<T>(&self, call: &Call, result: Result<T, CallError>) -> Result<Response<T>, Status> {
-        let request_id = call.context.request_id.as_str();
-        tracing::debug!(
-            request_id,
-            operation = call.operation,
-            key = call.key,
-            result = result
-                .as_ref()
-                .map_or_else(CallError::result, |_| call.success),
-            latency_us = call.context.received.elapsed().as_micros() as u64,
-            "call"
-        );
-        result
-            .map(Response::new)
-            .map_err(|error| error.into_status(request_id, self.store.backend()))
+    /// Tells what has come of a call and makes its reply.
+    fn finish<T>(
+        &self,
+        context: &CallContext,
+        result: Result<Replied<T>, CallError>,
+    ) -> Result<Response<T>, Status> {
+        match result {
+            Ok(replied) => {
+                context.succeeds(replied.result, replied.backend);
+                Ok(Response::new(replied.message))
+            }
+            Err(error) => Err(context.refuse(error, self.store.backend())),
+        }
     }
 
     async fn do_store(
         &self,
         request: pb::StoreRequest,
         deadline: Deadline,
-    ) -> Result<pb::StoreResponse, CallError> {
+    ) -> Result<Replied<pb::StoreResponse>, CallError> {
         let mut violations = Violations::default();
         let group = self
             .limits
@@ -86,18 +82,19 @@ impl Service {
             .expiry(request.expiry.map(Into::into), &mut violations);
         let (group, expiry) = violations.check(group.zip(expiry))?;
         let answer = self.store.store(&group, expiry, deadline).await?;
-        Ok(pb::StoreResponse {
+        let message = pb::StoreResponse {
             version: answer.value.version.get(),
             expire_time: convert::expire_time(answer.value.expires),
             backend: convert::backend(answer.backend),
-        })
+        };
+        Ok(Replied::success(answer.backend, message))
     }
 
     async fn do_load(
         &self,
         request: pb::LoadRequest,
         deadline: Deadline,
-    ) -> Result<pb::LoadResponse, CallError> {
+    ) -> Result<Replied<pb::LoadResponse>, CallError> {
         let mut violations = Violations::default();
         let key = self
             .limits
@@ -110,18 +107,19 @@ impl Service {
         let Some(Stored { group, expires }) = answer.value else {
             return Err(CallError::not_found(answer.backend));
         };
-        Ok(pb::LoadResponse {
+        let message = pb::LoadResponse {
             group: Some(convert::group(group)),
             expire_time: convert::expire_time(expires),
             backend: convert::backend(answer.backend),
-        })
+        };
+        Ok(Replied::success(answer.backend, message))
     }
 
     async fn do_delete(
         &self,
         request: pb::DeleteRequest,
         deadline: Deadline,
-    ) -> Result<pb::DeleteResponse, CallError> {
+    ) -> Result<Replied<pb::DeleteResponse>, CallError> {
         let mut violations = Violations::default();
         let key = self
             .limits
@@ -129,18 +127,21 @@ impl Service {
         let expected = version_to_delete(request.expected_version, &mut violations);
         let (key, expected) = violations.check(key.zip(expected))?;
         let answer = self.store.delete(&key, expected, deadline).await?;
-        Ok(pb::DeleteResponse {
-            deleted: answer.value.deleted,
-            version: convert::version(answer.value.version),
+        let Deletion { deleted, version } = answer.value;
+        let message = pb::DeleteResponse {
+            deleted,
+            version: convert::version(version),
             backend: convert::backend(answer.backend),
-        })
+        };
+        let conflict = !deleted && version.is_some();
+        Ok(Replied::success(answer.backend, message).unless_conflict(conflict))
     }
 
     async fn do_compare_and_swap(
         &self,
         request: pb::CompareAndSwapRequest,
         deadline: Deadline,
-    ) -> Result<pb::CompareAndSwapResponse, CallError> {
+    ) -> Result<Replied<pb::CompareAndSwapResponse>, CallError> {
         let mut violations = Violations::default();
         let group = self
             .limits
@@ -155,7 +156,7 @@ impl Service {
             .compare_and_swap(&group, expected, expiry, deadline)
             .await?;
         let backend = convert::backend(answer.backend);
-        Ok(match answer.value {
+        let message = match answer.value {
             Swap::Swapped(Written { version, expires }) => pb::CompareAndSwapResponse {
                 swapped: true,
                 version: version.get(),
@@ -172,14 +173,16 @@ impl Service {
                 expire_time: None,
                 backend,
             },
-        })
+        };
+        let conflict = !message.swapped;
+        Ok(Replied::success(answer.backend, message).unless_conflict(conflict))
     }
 
     async fn do_store_all(
         &self,
         request: pb::StoreAllRequest,
         deadline: Deadline,
-    ) -> Result<pb::StoreAllResponse, CallError> {
+    ) -> Result<Replied<pb::StoreAllResponse>, CallError> {
         let mut violations = Violations::default();
         let expiry = self
             .limits
@@ -198,12 +201,14 @@ impl Service {
         let now = self.store.backend();
         let mut results = Vec::with_capacity(checked.len());
         let mut batch_backend = now;
+        let mut worst = CallResult::Success;
         for (key, valid) in checked {
             let reply = match valid {
                 Ok(()) => replies.next().unwrap_or_else(|| {
                     Err(now.fails(StoreError::Bug("a result is missing".into())))
                 }),
                 Err(error) => {
+                    worst = worst.max(error.result());
                     results.push(store_result(key, now, Err(error)));
                     continue;
                 }
@@ -216,11 +221,18 @@ impl Service {
                 batch_backend = backend;
             }
             let reply = reply.map(|answer| answer.value).map_err(CallError::from);
+            if let Err(error) = &reply {
+                worst = worst.max(error.result());
+            }
             results.push(store_result(key, backend, reply));
         }
-        Ok(pb::StoreAllResponse {
-            results,
-            backend: convert::backend(batch_backend),
+        Ok(Replied {
+            message: pb::StoreAllResponse {
+                results,
+                backend: convert::backend(batch_backend),
+            },
+            backend: batch_backend,
+            result: worst,
         })
     }
 
@@ -228,7 +240,7 @@ impl Service {
         &self,
         request: pb::ListKeysRequest,
         deadline: Deadline,
-    ) -> Result<pb::ListKeysResponse, CallError> {
+    ) -> Result<Replied<pb::ListKeysResponse>, CallError> {
         let prefix = self.limits.prefix(request.prefix)?;
         let page_size = self.limits.page_size(request.page_size)?;
         let token = Some(request.page_token.as_str()).filter(|token| !token.is_empty());
@@ -237,25 +249,27 @@ impl Service {
             .store
             .list_keys(&prefix, page_size, token, deadline)
             .await?;
-        Ok(pb::ListKeysResponse {
+        let message = pb::ListKeysResponse {
             keys: answer.value.keys.iter().map(ToString::to_string).collect(),
             next_page_token: answer.value.next.unwrap_or_default(),
             backend: convert::backend(answer.backend),
-        })
+        };
+        Ok(Replied::success(answer.backend, message))
     }
 
     async fn do_size(
         &self,
         request: pb::SizeRequest,
         deadline: Deadline,
-    ) -> Result<pb::SizeResponse, CallError> {
+    ) -> Result<Replied<pb::SizeResponse>, CallError> {
         let prefix = self.limits.prefix(request.prefix)?;
         let _permit = self.scan_permit()?;
         let answer = self.store.size(&prefix, deadline).await?;
-        Ok(pb::SizeResponse {
+        let message = pb::SizeResponse {
             count: i64::try_from(answer.value).unwrap_or(i64::MAX),
             backend: convert::backend(answer.backend),
-        })
+        };
+        Ok(Replied::success(answer.backend, message))
     }
 
     async fn do_load_all(
@@ -265,7 +279,7 @@ impl Service {
     ) -> Result<load_all::Messages, CallError> {
         let prefix = self.limits.prefix(request.prefix)?;
         let permit = self.scan_permit()?;
-        let answer = self.store.load_all(&prefix, context.deadline).await?;
+        let answer = self.store.load_all(&prefix, context.deadline()).await?;
         Ok(load_all::messages(answer, context, permit))
     }
 }
@@ -276,75 +290,67 @@ impl GroupStateService for Service {
         &self,
         request: Request<pb::StoreRequest>,
     ) -> Result<Response<pb::StoreResponse>, Status> {
-        let (request, mut call) = Call::of("store", request);
-        call.concerns(|| request.group.as_ref().map(|group| &group.key));
-        let result = self.do_store(request, call.context.deadline).await;
-        self.finish(&call, result)
+        let (request, context) = CallContext::take(request);
+        context.concerns(|| request.group.as_ref().map(|group| &group.key));
+        let result = self.do_store(request, context.deadline()).await;
+        self.finish(&context, result)
     }
 
     async fn load(
         &self,
         request: Request<pb::LoadRequest>,
     ) -> Result<Response<pb::LoadResponse>, Status> {
-        let (request, mut call) = Call::of("load", request);
-        call.concerns(|| Some(&request.key));
-        let result = self.do_load(request, call.context.deadline).await;
-        self.finish(&call, result)
+        let (request, context) = CallContext::take(request);
+        context.concerns(|| Some(&request.key));
+        let result = self.do_load(request, context.deadline()).await;
+        self.finish(&context, result)
     }
 
     async fn delete(
         &self,
         request: Request<pb::DeleteRequest>,
     ) -> Result<Response<pb::DeleteResponse>, Status> {
-        let (request, mut call) = Call::of("delete", request);
-        call.concerns(|| Some(&request.key));
-        let result = self.do_delete(request, call.context.deadline).await;
-        if matches!(&result, Ok(reply) if !reply.deleted && reply.version > 0) {
-            call.success = "conflict";
-        }
-        self.finish(&call, result)
+        let (request, context) = CallContext::take(request);
+        context.concerns(|| Some(&request.key));
+        let result = self.do_delete(request, context.deadline()).await;
+        self.finish(&context, result)
     }
 
     async fn compare_and_swap(
         &self,
         request: Request<pb::CompareAndSwapRequest>,
     ) -> Result<Response<pb::CompareAndSwapResponse>, Status> {
-        let (request, mut call) = Call::of("compare_and_swap", request);
-        call.concerns(|| request.group.as_ref().map(|group| &group.key));
-        let result = self
-            .do_compare_and_swap(request, call.context.deadline)
-            .await;
-        if matches!(&result, Ok(reply) if !reply.swapped) {
-            call.success = "conflict";
-        }
-        self.finish(&call, result)
+        let (request, context) = CallContext::take(request);
+        context.concerns(|| request.group.as_ref().map(|group| &group.key));
+        let result = self.do_compare_and_swap(request, context.deadline()).await;
+        self.finish(&context, result)
     }
 
     async fn store_all(
         &self,
         request: Request<pb::StoreAllRequest>,
     ) -> Result<Response<pb::StoreAllResponse>, Status> {
-        let (request, call) = Call::of("store_all", request);
-        let result = self.do_store_all(request, call.context.deadline).await;
-        self.finish(&call, result)
+        let (request, context) = CallContext::take(request);
+        let result = self.do_store_all(request, context.deadline()).await;
+        self.finish(&context, result)
     }
 
     async fn list_keys(
         &self,
         request: Request<pb::ListKeysRequest>,
     ) -> Result<Response<pb::ListKeysResponse>, Status> {
-        let (request, call) = Call::of("list_keys", request);
-        let result = self.do_list_keys(request, call.context.deadline).await;
-        self.finish(&call, result)
+        let (request, context) = CallContext::take(request);
+        let result = self.do_list_keys(request, context.deadline()).await;
+        self.finish(&context, result)
     }
 
     async fn size(
         &self,
         request: Request<pb::SizeRequest>,
     ) -> Result<Response<pb::SizeResponse>, Status> {
-        let (request, call) = Call::of("size", request);
-        let result = self.do_size(request, call.context.deadline).await;
-        self.finish(&call, result)
+        let (request, context) = CallContext::take(request);
+        let result = self.do_size(request, context.deadline()).await;
+        self.finish(&context, result)
     }
 
     type LoadAllStream = load_all::Messages;
@@ -353,33 +359,35 @@ impl GroupStateService for Service {
         &self,
         request: Request<pb::LoadAllRequest>,
     ) -> Result<Response<Self::LoadAllStream>, Status> {
-        let (request, call) = Call::of("load_all", request);
-        let result = self.do_load_all(request, call.context.clone()).await;
-        self.finish(&call, result)
+        let (request, context) = CallContext::take(request);
+        // The stream tells what comes of it.
+        self.do_load_all(request, context.clone())
+            .await
+            .map(Response::new)
+            .map_err(|error| context.refuse(error, self.store.backend()))
     }
 }
 
-// === impl Call ===
+// === impl Replied ===
 
-impl Call {
-    fn of<T>(operation: &'static str, mut request: Request<T>) -> (T, Self) {
-        // The envelope has put it there.
-        let context = request
-            .extensions_mut()
-            .remove::<CallContext>()
-            .unwrap_or_default();
-        let call = Self {
-            operation,
-            context,
-            key: None,
-            success: "success",
-        };
-        (request.into_inner(), call)
+impl<T> Replied<T> {
+    fn success(backend: Backend, message: T) -> Self {
+        Self {
+            message,
+            backend,
+            result: CallResult::Success,
+        }
     }
 
-    fn concerns<'a>(&mut self, key: impl FnOnce() -> Option<&'a String>) {
-        if tracing::enabled!(tracing::Level::DEBUG) {
-            self.key = key().cloned();
+    /// The same; a conflict if somebody else's change came first.
+    fn unless_conflict(self, conflict: bool) -> Self {
+        Self {
+            result: if conflict {
+                CallResult::Conflict
+            } else {
+                self.result
+            },
+            ..self
         }
     }
 }

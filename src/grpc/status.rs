@@ -7,7 +7,10 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use super::proto::{self as pb, ErrorReason};
-use crate::store::{Backend, StoreError};
+use crate::{
+    store::{Backend, StoreError},
+    telemetry::{CallResult, Limit, seldom},
+};
 
 const DOMAIN: &str = "groupstate";
 
@@ -99,7 +102,8 @@ impl CallError {
     }
 
     /// Too much at once: over the setting `limit`.
-    pub fn overloaded(limit: &'static str, most: usize) -> Self {
+    pub fn overloaded(limit: Limit, most: usize) -> Self {
+        let limit = limit.name();
         Self {
             metadata: vec![("limit", limit.into())],
             retry_after: Some(Self::RETRY_AFTER),
@@ -151,18 +155,14 @@ impl CallError {
         self
     }
 
-    /// The kind of result in logs and metrics: a closed list.
-    pub fn result(&self) -> &'static str {
-        match self.code {
-            Code::NotFound => "not_found",
-            Code::InvalidArgument | Code::FailedPrecondition | Code::Unimplemented => "invalid",
-            Code::DataLoss => "unreadable",
-            Code::ResourceExhausted => "shed",
-            Code::DeadlineExceeded => "deadline",
-            Code::Unavailable => "unavailable",
-            Code::Aborted => "unknown_outcome",
-            _ => "error",
-        }
+    /// What it counts as.
+    pub fn result(&self) -> CallResult {
+        result_of(self.reason)
+    }
+
+    /// Who answered, if anyone.
+    pub fn backend(&self) -> Option<Backend> {
+        self.backend
     }
 
     /// The status. `backend` would answer a call now; it stands in where none
@@ -227,7 +227,7 @@ impl From<StoreError> for CallError {
             StoreError::MemoryFull { .. } => (Code::ResourceExhausted, ErrorReason::MemoryFull),
             StoreError::Unavailable(_) => (Code::Unavailable, ErrorReason::Unavailable),
             StoreError::Bug(what) => {
-                tracing::error!(what, "bug");
+                seldom!(error, what, "bug");
                 return Self::internal();
             }
         };
@@ -252,6 +252,32 @@ impl From<crate::store::Failure> for CallError {
     }
 }
 
+/// What a call that fails for a reason counts as.
+fn result_of(reason: ErrorReason) -> CallResult {
+    match reason {
+        ErrorReason::GroupNotFound => CallResult::NotFound,
+        // Nothing has failed: the listing is to be begun anew.
+        ErrorReason::ListingRestarted => CallResult::Conflict,
+        ErrorReason::InvalidField
+        | ErrorReason::MalformedMessage
+        | ErrorReason::DuplicateKey
+        // Waiting does not help.
+        | ErrorReason::MessageTooLarge
+        | ErrorReason::Unauthenticated
+        | ErrorReason::Unimplemented => CallResult::Invalid,
+        // What is stored has to be looked at, not the request.
+        ErrorReason::UnreadableDocument
+        | ErrorReason::ForeignType
+        | ErrorReason::VersionOutOfRange => CallResult::Unreadable,
+        ErrorReason::Overloaded | ErrorReason::MemoryFull => CallResult::Shed,
+        // Clients cancel a call when its deadline passes.
+        ErrorReason::DeadlineExceeded | ErrorReason::Cancelled => CallResult::Deadline,
+        ErrorReason::Unavailable => CallResult::Unavailable,
+        ErrorReason::OutcomeUnknown => CallResult::UnknownOutcome,
+        ErrorReason::Internal | ErrorReason::Unspecified => CallResult::Error,
+    }
+}
+
 /// The name of a reason without its prefix, as `ErrorInfo` has it.
 pub fn reason_name(reason: ErrorReason) -> &'static str {
     reason.as_str_name().trim_start_matches("ERROR_REASON_")
@@ -266,5 +292,41 @@ pub fn truncate(text: &mut String, bytes: usize) {
         }
         text.truncate(end);
         text.push('…');
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The metrics page of the README says the same.
+    #[test]
+    fn every_reason_counts_as_one_result() {
+        let expected = [
+            ("UNSPECIFIED", "error"),
+            ("INVALID_FIELD", "invalid"),
+            ("MALFORMED_MESSAGE", "invalid"),
+            ("DUPLICATE_KEY", "invalid"),
+            ("GROUP_NOT_FOUND", "not_found"),
+            ("UNREADABLE_DOCUMENT", "unreadable"),
+            ("FOREIGN_TYPE", "unreadable"),
+            ("VERSION_OUT_OF_RANGE", "unreadable"),
+            ("OUTCOME_UNKNOWN", "unknown_outcome"),
+            ("LISTING_RESTARTED", "conflict"),
+            ("DEADLINE_EXCEEDED", "deadline"),
+            ("OVERLOADED", "shed"),
+            ("MEMORY_FULL", "shed"),
+            ("MESSAGE_TOO_LARGE", "invalid"),
+            ("UNAUTHENTICATED", "invalid"),
+            ("UNAVAILABLE", "unavailable"),
+            ("UNIMPLEMENTED", "invalid"),
+            ("INTERNAL", "error"),
+            ("CANCELLED", "deadline"),
+        ];
+        let reasons = (0..).map_while(|number| ErrorReason::try_from(number).ok());
+        let actual: Vec<_> = reasons
+            .map(|reason| (reason_name(reason), result_of(reason).name()))
+            .collect();
+        assert_eq!(actual, expected);
     }
 }

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     document::{Document, DocumentHead},
     group::{AlertGroup, GroupKey},
-    telemetry,
+    telemetry::{self, seldom},
     version::{InstanceId, Version, WriteIds},
 };
 
@@ -355,8 +355,10 @@ impl Carrier {
             Some(Pending::Changed { changed, .. }) => {
                 self.memory.carried(key, changed.change, Shown::Absent);
                 telemetry::degraded_writes_discarded(1);
-                tracing::warn!(
-                    %key, %error,
+                seldom!(
+                    warn,
+                    key = key.as_str(),
+                    %error,
                     "a group that was written while Redis was down cannot be carried over and is dropped"
                 );
             }

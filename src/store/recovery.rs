@@ -34,6 +34,7 @@ use super::{
 use crate::{
     document::DocumentHead,
     group::{AlertGroup, GroupKey, GroupMetadata},
+    telemetry,
     version::{InstanceId, Version, WriteIds},
 };
 
@@ -356,6 +357,7 @@ impl Watch {
 
     fn check_policy(&self, known: Option<&KnownServer>, look: &Look) {
         let policy = &look.maxmemory_policy;
+        telemetry::redis_may_evict(!policy.is_empty() && policy != "noeviction");
         let told = known.is_some_and(|known| known.maxmemory_policy == *policy);
         if !told && !policy.is_empty() && policy != "noeviction" {
             tracing::warn!(

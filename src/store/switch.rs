@@ -6,10 +6,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::{sync::watch, time::Instant};
 
 use super::{
-    breaker::{Breaker, Next, Probe},
+    breaker::{Breaker, Next, Probe, State},
     memory::{MemoryStore, Server},
 };
-use crate::{group::Time, telemetry};
+use crate::{
+    group::Time,
+    telemetry::{self, SwitchState},
+};
 
 /// What becomes of groups that were written while Redis was down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -59,7 +62,7 @@ impl Switch {
     pub fn new(memory: MemoryStore, on_recovery: OnRecovery) -> Self {
         let breaker = Breaker::new(Instant::now());
         memory.stand_in();
-        telemetry::redis_health(false);
+        telemetry::switch_state(state_shown(&breaker));
         Self {
             status: watch::Sender::new(SwitchStatus {
                 closed: false,
@@ -196,7 +199,7 @@ impl Switch {
     fn publish(&self, inner: &Inner, reason: &str) {
         let breaker = &inner.breaker;
         let closed = breaker.is_closed();
-        telemetry::redis_health(closed);
+        telemetry::switch_state(state_shown(breaker));
         self.status.send_modify(|status| {
             if status.period != breaker.period() {
                 status.since = Time::now();
@@ -222,5 +225,13 @@ impl Inner {
             telemetry::switched_to_memory();
             tracing::warn!(reason, "Switched to in-memory storage due to Redis failure");
         }
+    }
+}
+
+fn state_shown(breaker: &Breaker) -> SwitchState {
+    match breaker.state() {
+        State::Closed => SwitchState::Closed,
+        State::Open { .. } => SwitchState::Open,
+        State::HalfOpen { .. } => SwitchState::HalfOpen,
     }
 }

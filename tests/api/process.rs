@@ -192,21 +192,3 @@ async fn calls_in_flight_may_finish_and_are_cut_off_after_the_shutdown_timeout()
         assert!(begin.elapsed() < Duration::from_millis(1_500));
     }
 }
-
-#[tokio::test]
-async fn debug_writes_one_event_for_each_call() {
-    let service = Service::start(&["--log-level", "debug"]);
-    let mut client = service.client().await;
-    let mut request = tonic::Request::new(store_request(group("the key")));
-    request
-        .metadata_mut()
-        .insert("x-request-id", "my-request".parse().unwrap());
-    client.store(request).await.unwrap();
-    let line = service.wait_for_log("my-request", Duration::from_secs(2));
-    let event: serde_json::Value = serde_json::from_str(&line).unwrap();
-    assert_eq!(event["level"], "DEBUG");
-    assert_eq!(event["operation"], "store");
-    assert_eq!(event["key"], "the key");
-    assert_eq!(event["result"], "success");
-    assert!(event["latency_us"].is_u64());
-}

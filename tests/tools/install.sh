@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Installs what the test-suite needs, and does nothing when it is all there:
 #   redis-server, redis-cli   from the system's packages, never started
+#   promtool                  the same, with prometheus
 #   .tools/venv               Python with grpcio and its health, reflection and protoc parts
 #   .tools/bin/grpcurl        1.8.6
 #   .tools/bin/buf            the version pinned in package.json
 # .tools/ is git-ignored and may be removed at any time. Nothing is shipped with
-# the service; licences: Redis 7.0 BSD, gRPC and buf Apache-2.0, grpcurl MIT.
+# the service; licences: Redis 7.0 BSD, Prometheus, gRPC and buf Apache-2.0, grpcurl
+# MIT.
 set -euo pipefail
 
 # One run at a time: test binaries may call this in parallel.
@@ -38,18 +40,19 @@ apt_install() {
         apt-get install -y --no-install-recommends "$@"
 }
 
-install_redis() {
-    can_apt || die "redis-server or redis-cli is missing; as root run: apt-get install redis-server"
+# Installs a package with a service of the same name, which is not started.
+install_idle() {
+    local package=$1 systemd=
+    can_apt || die "$2 is missing; as root run: apt-get install $package"
     # systemd does not heed RUNLEVEL: a masked unit is not started.
-    local systemd=
     [[ ! -d /run/systemd/system ]] || systemd=yes
-    [[ -z $systemd ]] || quietly as_root systemctl mask --runtime redis-server.service
-    apt_install redis-server
+    [[ -z $systemd ]] || quietly as_root systemctl mask --runtime "$package.service"
+    apt_install "$package"
     if [[ -n $systemd ]]; then
-        quietly as_root systemctl unmask --runtime redis-server.service
-        quietly as_root systemctl disable redis-server.service  # nor at the next boot
+        quietly as_root systemctl unmask --runtime "$package.service"
+        quietly as_root systemctl disable "$package.service"  # nor at the next boot
     fi
-    say "installed $(redis-server --version | cut -d' ' -f1-3)"
+    say "installed $package"
 }
 
 install_venv() {
@@ -104,7 +107,10 @@ install_buf() {
 # The stamp names what .tools was made from; the path is in it as a venv cannot be moved.
 want=$(cd "$here" && { pwd; cat install.sh requirements.txt package.json package-lock.json; } | cksum)
 
-if ! have redis-server || ! have redis-cli; then install_redis; fi
+if ! have redis-server || ! have redis-cli; then
+    install_idle redis-server 'redis-server or redis-cli'
+fi
+have promtool || install_idle prometheus promtool
 
 if [[ $(cat "$stamp" 2>/dev/null || true) == "$want" ]]; then
     if [[ -x $tools/venv/bin/python && -x $tools/bin/grpcurl && -x $tools/bin/buf ]]; then

@@ -33,6 +33,8 @@ pub struct Entries {
     dirty: BTreeSet<(Instant, GroupKey)>,
     /// The sum of [`Entry::cost`]; stays at or below `max_bytes`.
     bytes: usize,
+    /// The part of it that dirty entries take.
+    dirty_bytes: usize,
     max_bytes: usize,
     /// Stands for "never" as an expiry.
     never: Instant,
@@ -126,6 +128,7 @@ impl Entries {
             clean: BTreeSet::new(),
             dirty: BTreeSet::new(),
             bytes: 0,
+            dirty_bytes: 0,
             max_bytes,
             never: now + Self::NEVER,
             epoch: 0,
@@ -143,6 +146,10 @@ impl Entries {
         self.bytes
     }
 
+    pub fn max_bytes(&self) -> usize {
+        self.max_bytes
+    }
+
     /// Every unsure entry has been offered.
     pub fn nothing_unsure(&mut self) {
         self.put_back_absent = false;
@@ -151,6 +158,11 @@ impl Entries {
     /// Number of entries that were changed here, tombstones included.
     pub fn dirty(&self) -> usize {
         self.dirty.len()
+    }
+
+    /// What these take of [`Self::bytes`].
+    pub fn dirty_bytes(&self) -> usize {
+        self.dirty_bytes
     }
 
     /// The group at a key, if there is one.
@@ -386,6 +398,7 @@ impl Entries {
         self.sweep(now);
         let dropped = std::mem::take(&mut self.dirty);
         let count = dropped.len();
+        self.dirty_bytes = 0;
         for (_, key) in dropped {
             let Some(entry) = self.by_key.remove(&key) else {
                 continue;
@@ -594,10 +607,14 @@ impl Entries {
     /// Puts an entry in place of what is there.
     fn put(&mut self, key: GroupKey, entry: Entry) {
         self.remove(&key);
-        self.bytes += entry.cost(&key);
+        let cost = entry.cost(&key);
+        self.bytes += cost;
         let order = match entry.standing {
             Standing::Clean { .. } => &mut self.clean,
-            Standing::Dirty(_) => &mut self.dirty,
+            Standing::Dirty(_) => {
+                self.dirty_bytes += cost;
+                &mut self.dirty
+            }
         };
         order.insert((entry.expires, key.clone()));
         self.by_key.insert(key, entry);
@@ -609,10 +626,14 @@ impl Entries {
 
     fn remove_entry(&mut self, key: &GroupKey) -> Option<Entry> {
         let (key, entry) = self.by_key.remove_entry(key)?;
-        self.bytes -= entry.cost(&key);
+        let cost = entry.cost(&key);
+        self.bytes -= cost;
         let order = match entry.standing {
             Standing::Clean { .. } => &mut self.clean,
-            Standing::Dirty(_) => &mut self.dirty,
+            Standing::Dirty(_) => {
+                self.dirty_bytes -= cost;
+                &mut self.dirty
+            }
         };
         order.remove(&(entry.expires, key));
         Some(entry)

@@ -71,8 +71,12 @@ pub struct Usage {
     pub entries: usize,
     /// Documents and overhead.
     pub bytes: usize,
+    /// The most that `bytes` may be.
+    pub max_bytes: usize,
     /// Of the entries those that Redis does not know of.
     pub dirty: usize,
+    /// Of the bytes those of these entries.
+    pub dirty_bytes: usize,
 }
 
 /// Why a change was not made.
@@ -137,7 +141,9 @@ impl MemoryStore {
         Usage {
             entries: held.entries.len(),
             bytes: held.entries.bytes(),
+            max_bytes: held.entries.max_bytes(),
             dirty: held.entries.dirty(),
+            dirty_bytes: held.entries.dirty_bytes(),
         }
     }
 

@@ -15,7 +15,10 @@ use super::{
     fault::Fault,
     topology::{Node, Place},
 };
-use crate::store::{Deadline, StoreError};
+use crate::{
+    store::{Deadline, StoreError},
+    telemetry,
+};
 
 /// The attempts at one call.
 ///
@@ -167,6 +170,9 @@ impl<'a> Attempts<'a> {
     }
 
     fn attempt(&self, client: Client, now: Instant) -> Attempt {
+        if self.made > 1 {
+            telemetry::redis_retries();
+        }
         // Half of what is left, so that there is time for another answer.
         let share = |from: Instant| ((self.end - from) / 2).min(self.connections.timeout());
         let until = now + share(now);

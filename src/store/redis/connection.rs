@@ -22,7 +22,11 @@ use super::{
     fault::{is_reply_of_redis, readable},
     topology::{Node, Topology},
 };
-use crate::{store::StoreError, version::IntervalClock};
+use crate::{
+    store::StoreError,
+    telemetry::{self, RedisCommand},
+    version::IntervalClock,
+};
 
 /// Where Redis is and how to reach it. Its debug form holds no credentials.
 #[derive(Clone)]
@@ -352,6 +356,7 @@ impl Connections {
 }
 
 async fn ping_node(client: &Client, node: &Node) -> Result<(), Error> {
+    let _measured = telemetry::redis_attempt(RedisCommand::Other);
     match node.address() {
         None => client.ping::<Value>(None).await,
         Some(server) => client.with_cluster_node(server).ping(None).await,

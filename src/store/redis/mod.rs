@@ -42,6 +42,7 @@ use super::{
 use crate::{
     document::Document,
     group::GroupKey,
+    telemetry::{self, RedisCommand},
     version::{InstanceId, Version},
 };
 
@@ -160,6 +161,7 @@ impl RedisStore {
         };
         let results = match first {
             Some(attempt) => {
+                let _measured = telemetry::redis_attempt(RedisCommand::Write);
                 let results = self.pipeline(writes, &attempt, trails).await;
                 if results.contains(&Err(Fault::NoScript)) {
                     // Once for all; what fails here fails again below, and is
@@ -197,6 +199,7 @@ impl RedisStore {
     ) -> Result<Option<StoredDocument>, NotDone> {
         let mut attempts = Attempts::at_read(&self.connections, deadline);
         while let Some(attempt) = attempts.next().await {
+            let _measured = telemetry::redis_attempt(RedisCommand::Read);
             match self.try_read(key, with_expiry, &attempt).await {
                 Ok(found) => return Ok(found),
                 Err(fault) => attempts.failed(&attempt, fault)?,
@@ -215,6 +218,7 @@ impl RedisStore {
     ) -> Result<Deletion, NotDone> {
         let mut attempts = Attempts::at_write(&self.connections, deadline, trail);
         while let Some(attempt) = attempts.next().await {
+            let _measured = telemetry::redis_attempt(RedisCommand::Delete);
             match self.try_remove(key, expected, &attempt, trail).await {
                 Ok(deletion) => return Ok(deletion),
                 Err(fault) => attempts.failed(&attempt, fault)?,
@@ -234,6 +238,7 @@ impl RedisStore {
         let trail = Trail::default();
         let mut attempts = Attempts::at_write(&self.connections, deadline, &trail);
         while let Some(attempt) = attempts.next().await {
+            let _measured = telemetry::redis_attempt(RedisCommand::Restore);
             match self.try_restore(lost, &attempt, &trail).await {
                 Ok(offered) => return Ok(offered),
                 Err(fault) => attempts.failed(&attempt, fault)?,
@@ -328,6 +333,7 @@ impl RedisStore {
         trail: &Trail,
     ) -> Result<WriteOutcome, NotDone> {
         while let Some(attempt) = attempts.next().await {
+            let _measured = telemetry::redis_attempt(RedisCommand::Write);
             match self.try_write(write, &attempt, trail).await {
                 Ok(outcome) => return Ok(outcome),
                 Err(fault) => attempts.failed(&attempt, fault)?,

@@ -28,6 +28,7 @@ use crate::{
         documents::{DocumentBatch, StoredDocument},
         page_token::PageToken,
     },
+    telemetry::{self, RedisCommand},
 };
 
 /// The keys of the service in Redis. Cheap to clone.
@@ -303,6 +304,10 @@ impl KeySpace {
         // Each step of a listing gets the time of one call.
         let mut attempts = Attempts::at_read(&self.connections, deadline);
         while let Some(attempt) = attempts.next().await {
+            let _measured = telemetry::redis_attempt(match command {
+                "SCAN" => RedisCommand::Scan,
+                _ => RedisCommand::Other,
+            });
             let call = Call::at(node, command, arguments.clone());
             match attempt.run(call).await {
                 Ok(reply) => return Ok(reply),
@@ -349,6 +354,7 @@ impl KeySpace {
         // Each step of a listing gets the time of one call.
         let mut attempts = Attempts::at_read(&self.connections, deadline);
         while let Some(attempt) = attempts.next().await {
+            let _measured = telemetry::redis_attempt(RedisCommand::Scan);
             let calls: Option<Vec<_>> = {
                 let topology = self.connections.topology();
                 let places = keys.iter().map(|key| topology.place(self.redis_key(key)));

@@ -14,6 +14,7 @@ use crate::{
         Deletion, Expires, Expiry, StoreError, Written,
         documents::{Condition, StoredDocument, Write, WriteOutcome},
     },
+    telemetry::seldom,
     version::Version,
 };
 
@@ -80,7 +81,8 @@ pub fn read_write_reply(key: &GroupKey, reply: &ScriptReply) -> Result<WriteOutc
     match reply.status.as_str() {
         "written" => {
             if let (Some(bytes), Some(sha1)) = (reply.integer(2), reply.text(3)) {
-                tracing::warn!(%key, bytes, sha1, "replaced an unreadable document");
+                let key = key.as_str();
+                seldom!(warn, key, bytes, sha1, "replaced an unreadable document");
             }
             Ok(WriteOutcome::Written(Written {
                 version: version(reply, 0)?,
@@ -100,7 +102,8 @@ pub fn read_delete_reply(key: &GroupKey, reply: &ScriptReply) -> Result<Deletion
     let (deleted, version) = match reply.status.as_str() {
         "deleted" => {
             if let (Some(bytes), Some(sha1)) = (reply.integer(1), reply.text(2)) {
-                tracing::warn!(%key, bytes, sha1, "removed an unreadable document");
+                let key = key.as_str();
+                seldom!(warn, key, bytes, sha1, "removed an unreadable document");
             }
             // None for the 0 of an unreadable document.
             (true, reply.integer(0).and_then(Version::new))

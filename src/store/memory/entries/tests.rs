@@ -256,7 +256,7 @@ fn event() -> impl Strategy<Value = Event> {
 
 proptest! {
     /// Whatever happens: the bytes are those of the entries and within the
-    /// bound, every entry is in one of the orders, and what was changed here
+    /// bound, the dirty bytes those of the dirty ones, every entry is in one of the orders, and what was changed here
     /// and not discarded, carried or expired is still there.
     #[test]
     fn nothing_that_was_changed_is_dropped_in_silence(
@@ -311,6 +311,9 @@ proptest! {
             prop_assert!(entries.bytes <= entries.max_bytes);
             let sum: usize = entries.by_key.iter().map(|(key, entry)| entry.cost(key)).sum();
             prop_assert_eq!(sum, entries.bytes);
+            let dirty = entries.by_key.iter().filter(|(_, entry)| matches!(entry.standing, Standing::Dirty(_)));
+            let sum: usize = dirty.map(|(key, entry)| entry.cost(key)).sum();
+            prop_assert_eq!(sum, entries.dirty_bytes);
             prop_assert_eq!(entries.clean.len() + entries.dirty.len(), entries.by_key.len());
         }
     }

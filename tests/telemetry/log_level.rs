@@ -1,0 +1,84 @@
+//! `/loglevel`, and what else the HTTP port answers.
+
+use std::time::Duration;
+
+use crate::{
+    common::{
+        http::{self, HttpReply},
+        service::Service,
+    },
+    load_request,
+};
+
+const BOUND: Duration = Duration::from_secs(2);
+
+async fn send(service: &Service, method: &str, path: &str, body: &str) -> HttpReply {
+    let reply = http::send(service.http_addr(), method, path, body, BOUND).await;
+    reply.unwrap()
+}
+
+async fn level(service: &Service) -> String {
+    let reply = send(service, "GET", "/loglevel", "").await;
+    assert_eq!(reply.status, 200);
+    reply.body
+}
+
+/// Whether the log shows a call that is made now.
+async fn shows_calls(service: &Service, key: &str) -> bool {
+    let mut client = service.client().await;
+    client.load(load_request(key)).await.unwrap_err();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    service.log().iter().any(|line| line.contains(key))
+}
+
+#[tokio::test]
+async fn the_level_is_changed_while_the_service_runs() {
+    let service = Service::start(&[]);
+    assert_eq!(level(&service).await, "info\n");
+    assert!(!shows_calls(&service, "first").await);
+
+    let reply = send(&service, "PUT", "/loglevel", "debug\n").await;
+    assert_eq!(reply.status, 200);
+    assert_eq!(reply.body, "debug for 15 minutes, then info\n");
+    assert_eq!(level(&service).await, "debug\n");
+    assert!(shows_calls(&service, "second").await);
+
+    let reply = send(&service, "PUT", "/loglevel", "warn").await;
+    assert_eq!((reply.status, reply.body.as_str()), (200, "warn\n"));
+    assert!(!shows_calls(&service, "third").await);
+    let told = service.log();
+    let told = told.iter().filter(|line| line.contains("log level"));
+    assert_eq!(told.count(), 2, "each change is in the log");
+}
+
+#[tokio::test]
+async fn what_is_no_level_is_refused_and_changes_nothing() {
+    let service = Service::start(&[]);
+    for body in ["", "loud", "DEBUG", "debug info"] {
+        let reply = send(&service, "PUT", "/loglevel", body).await;
+        assert_eq!(reply.status, 400, "{body:?}");
+        let names = "error, warn, info, debug, trace";
+        assert!(reply.body.contains(names), "{}", reply.body);
+    }
+    let reply = send(&service, "PUT", "/loglevel", &"x".repeat(10_000)).await;
+    assert_eq!(reply.status, 413);
+    assert_eq!(level(&service).await, "info\n");
+}
+
+#[tokio::test]
+async fn unknown_paths_and_methods_are_said_to_be_so() {
+    let service = Service::start(&[]);
+    for (method, path, status) in [
+        ("GET", "/", 404),
+        ("GET", "/loglevel/debug", 404),
+        ("PUT", "/nothing", 404),
+        ("POST", "/loglevel", 405),
+        ("DELETE", "/loglevel", 405),
+        ("PUT", "/metrics", 405),
+        ("POST", "/health", 405),
+    ] {
+        let reply = send(&service, method, path, "debug").await;
+        assert_eq!(reply.status, status, "{method} {path}");
+    }
+    assert_eq!(level(&service).await, "info\n");
+}
