@@ -1,0 +1,75 @@
+//! `deploy/` and the Dockerfile are checked rather than believed: by the tools
+//! that read such files, by the schemas of Kubernetes and Compose, and by a real
+//! Prometheus that watches a real service through an outage of Redis.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod image;
+mod promql;
+mod rules;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use common::tool;
+use serde_json::Value;
+
+/// What every metric of ours begins with.
+const PREFIX: &str = "alert_history_business_grouping_";
+
+/// What is to be done about a Prometheus that is missing.
+const INSTALL_PROMETHEUS: &str = "run `make tools`, or as root: apt-get install prometheus";
+
+/// A file of this repository.
+fn path(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+}
+
+fn read(name: &str) -> String {
+    fs::read_to_string(path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+/// The documents of a YAML text. Python reads it: no crate for YAML is both
+/// complete and looked after.
+fn yaml(text: &str) -> Vec<Value> {
+    const READ: &str = "import json, sys, yaml\n\
+                        json.dump(list(yaml.safe_load_all(sys.argv[1])), sys.stdout)";
+    let output = run(Command::new(tool("venv/bin/python")).args(["-c", READ, text]));
+    serde_json::from_str(&output).unwrap()
+}
+
+/// Runs a program that must succeed; returns what it wrote to standard output.
+fn run(command: &mut Command) -> String {
+    let (succeeded, stdout, stderr) = outcome(command, INSTALL_PROMETHEUS);
+    assert!(succeeded, "{command:?}\n{stdout}{stderr}");
+    stdout
+}
+
+/// Whether a program has succeeded, and what it wrote to standard output and
+/// standard error; `install` is what to do if it is missing.
+fn outcome(command: &mut Command, install: &str) -> (bool, String, String) {
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("cannot run {command:?}: {error}; {install}"));
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    (
+        output.status.success(),
+        text(&output.stdout),
+        text(&output.stderr),
+    )
+}
+
+/// The items of a JSON array; none if there is no such thing.
+fn items(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().into_iter().flatten()
+}
+
+fn text(value: &Value) -> &str {
+    value
+        .as_str()
+        .unwrap_or_else(|| panic!("{value} is no text"))
+}
