@@ -2,10 +2,11 @@
 # `run` needs Rust, gcc and make; the rest needs what `tools` installs.
 
 .DEFAULT_GOAL := help
-.PHONY: run test chaos lint tools proto-image clean-tools next-step help
+.PHONY: run test chaos lint tools proto-image prometheus-rule clean-tools next-step help
 .NOTPARALLEL:
 
 PROTO_IMAGE := proto/groupstate.v1.binpb
+PROMETHEUS_RULE := deploy/kubernetes/monitoring/prometheus-rule.yaml
 BUF := .tools/bin/buf
 SEEDS ?= 1..20
 
@@ -37,6 +38,10 @@ proto-image: tools ## Renew the descriptor image that `lint` compares the proto 
 	$(BUF) breaking proto --against $(PROTO_IMAGE)
 	$(BUF) build proto --exclude-source-info -o $(PROTO_IMAGE)
 
+prometheus-rule: ## Renew the copy of deploy/prometheus/rules.yaml that Kubernetes gets
+	sed -i '/^spec:$$/q' $(PROMETHEUS_RULE)
+	sed -n '/^groups:/,$$p' deploy/prometheus/rules.yaml | sed 's/./  &/' >>$(PROMETHEUS_RULE)
+
 clean-tools: ## Remove what `tools` has put into .tools/
 	rm -rf .tools
 
@@ -50,4 +55,4 @@ next-step: ## Print what to try once the service runs
 
 help: ## Print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 \2/p' $(MAKEFILE_LIST) | \
-		while read -r target text; do printf '%-12s %s\n' "$$target" "$$text"; done
+		while read -r target text; do printf '%-16s %s\n' "$$target" "$$text"; done

@@ -6,6 +6,7 @@
 mod common;
 
 mod image;
+mod kubernetes;
 mod promql;
 mod rules;
 
