@@ -6,7 +6,9 @@ use std::{fs, process::Command};
 use groupstate::{config::Settings, store::switch::OnRecovery};
 use serde_json::{Value, json};
 
-use crate::{common::tool, items, outcome, path, rules, run, text, yaml};
+use crate::{
+    common::tool, dashboard::DASHBOARD, flags, items, outcome, path, read, rules, run, text, yaml,
+};
 
 const BASE: &str = "deploy/kubernetes/base";
 const PRODUCTION: &str = "deploy/kubernetes/overlays/production";
@@ -51,12 +53,16 @@ impl Rendered {
         self.0.iter().filter(move |object| object["kind"] == kind)
     }
 
-    /// The only object of a kind, or the one that belongs to groupstate.
+    /// The only object of a kind that belongs to groupstate.
     fn one(&self, kind: &str) -> &Value {
-        let mut ours = self.of_kind(kind).filter(|object| {
-            let name = text(&object["metadata"]["name"]);
-            name.starts_with("groupstate")
-        });
+        self.named(kind, "groupstate")
+    }
+
+    /// The only object of a kind whose name begins so.
+    fn named(&self, kind: &str, name: &str) -> &Value {
+        let mut ours = self
+            .of_kind(kind)
+            .filter(|object| text(&object["metadata"]["name"]).starts_with(name));
         let one = ours.next().unwrap_or_else(|| panic!("no {kind}"));
         assert!(ours.next().is_none(), "more than one {kind}");
         one
@@ -71,17 +77,9 @@ impl Rendered {
     fn arguments(&self) -> Vec<String> {
         let container = &self.pod()["spec"]["containers"][0];
         let source = &container["envFrom"][0]["configMapRef"]["name"];
-        let settings = self.one("ConfigMap");
+        let settings = self.named("ConfigMap", "groupstate-settings");
         assert_eq!(*source, settings["metadata"]["name"]);
-        let variables = settings["data"].as_object().unwrap();
-        let flag = |name: &str| {
-            let name = name.strip_prefix("GROUPSTATE_").unwrap();
-            name.to_lowercase().replace('_', "-")
-        };
-        variables
-            .iter()
-            .map(|(name, value)| format!("--{}={}", flag(name), text(value)))
-            .collect()
+        flags(&settings["data"])
     }
 }
 
@@ -312,6 +310,14 @@ fn kubernetes_gets_the_same_rules() {
     let rule = rendered.one("PrometheusRule");
     assert_eq!(rule["apiVersion"], "monitoring.coreos.com/v1");
     assert!(rule["spec"] == rules::rules(), "run `make prometheus-rule`");
+}
+
+#[test]
+fn kubernetes_gets_the_same_dashboard() {
+    let rendered = Rendered::of(PRODUCTION);
+    let dashboard = rendered.named("ConfigMap", "groupstate-dashboard");
+    assert_eq!(dashboard["metadata"]["labels"]["grafana_dashboard"], "1");
+    assert_eq!(dashboard["data"]["groupstate.json"], read(DASHBOARD));
 }
 
 #[test]

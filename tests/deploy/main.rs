@@ -5,6 +5,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod compose;
+mod dashboard;
 mod image;
 mod kubernetes;
 mod promql;
@@ -73,4 +75,15 @@ fn text(value: &Value) -> &str {
     value
         .as_str()
         .unwrap_or_else(|| panic!("{value} is no text"))
+}
+
+/// The command line that says the same as these environment variables.
+fn flags(variables: &Value) -> Vec<String> {
+    let variables = variables.as_object().expect("a map of variables");
+    let flag = |(name, value): (&String, &Value)| {
+        let name = name.strip_prefix("GROUPSTATE_").expect("a setting of ours");
+        let name = name.to_lowercase().replace('_', "-");
+        format!("--{name}={}", text(value))
+    };
+    variables.iter().map(flag).collect()
 }

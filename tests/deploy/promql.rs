@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::PREFIX;
+use crate::{PREFIX, dashboard, rules, text};
 
 /// Every metric of the service that a rule or a panel uses, without its prefix.
 /// The live test asks a running service for each of them.
@@ -60,6 +60,21 @@ fn names(expression: &str) -> impl Iterator<Item = &str> {
     outside_quotes
         .flat_map(|part| part.split(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != ':'))
         .filter(|name| name.starts_with(|c: char| c.is_ascii_alphabetic()))
+}
+
+#[test]
+fn the_list_is_what_rules_and_panels_use() {
+    let rules = rules::rules();
+    let of_rules = rules::all(&rules).map(|rule| text(&rule["expr"]).to_owned());
+    let of_panels = dashboard::queries()
+        .into_iter()
+        .map(|query| query.expression);
+    let used: BTreeSet<String> = of_rules
+        .chain(of_panels)
+        .flat_map(|e| metrics(&e))
+        .collect();
+    let listed: BTreeSet<String> = METRICS.iter().map(ToString::to_string).collect();
+    assert_eq!(used, listed);
 }
 
 #[test]

@@ -126,15 +126,6 @@ fn recorded_series_are_named_level_metric_operations_and_used() {
     assert_eq!(recorded, used);
 }
 
-#[test]
-fn the_metrics_of_all_rules_are_in_the_list() {
-    for rule in all(&rules()) {
-        for metric in promql::metrics(text(&rule["expr"])) {
-            assert!(promql::METRICS.contains(&metric.as_str()), "{metric}");
-        }
-    }
-}
-
 fn changed(rule: &Value, field: &str, value: &str) -> Value {
     let mut rule = rule.clone();
     rule[field] = value.into();
