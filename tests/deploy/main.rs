@@ -9,6 +9,7 @@ mod compose;
 mod dashboard;
 mod image;
 mod kubernetes;
+mod prometheus;
 mod promql;
 mod rules;
 
