@@ -257,6 +257,7 @@ fn instances_go_slowly_and_never_before_there_are_new_ones() {
     );
     let down = &autoscaler["behavior"]["scaleDown"];
     assert!(down["stabilizationWindowSeconds"].as_u64() >= Some(1_800));
+    assert_eq!(down["selectPolicy"], "Max");
     let policies: Vec<&Value> = items(&down["policies"]).collect();
     assert_eq!(
         policies,
