@@ -2,7 +2,7 @@
 # `run` needs Rust, gcc and make; the rest needs what `tools` installs.
 
 .DEFAULT_GOAL := help
-.PHONY: run test chaos lint tools proto-image prometheus-rule clean-tools next-step help
+.PHONY: run test chaos lint dist tools proto-image prometheus-rule clean-tools next-step help
 .NOTPARALLEL:
 
 PROTO_IMAGE := proto/groupstate.v1.binpb
@@ -27,6 +27,9 @@ lint: tools ## Check formatting, clippy, and that the proto is well-formed and c
 	cargo clippy --locked --all-targets -- -D warnings
 	$(BUF) lint proto
 	$(BUF) breaking proto --against $(PROTO_IMAGE)
+
+dist: tools ## Take the steps of the Dockerfile without Docker, and try what they make
+	tests/deploy/dist.py
 
 tools: ## Install the programs of the tests: Redis by apt, the others into .tools/
 	tests/tools/install.sh

@@ -7,7 +7,8 @@ use groupstate::{config::Settings, store::switch::OnRecovery};
 use serde_json::{Value, json};
 
 use crate::{
-    common::tool, dashboard::DASHBOARD, flags, items, outcome, path, read, rules, run, text, yaml,
+    INSTALL, common::tool, dashboard::DASHBOARD, flags, items, outcome, path, read, rules, run,
+    text, yaml,
 };
 
 const BASE: &str = "deploy/kubernetes/base";
@@ -121,7 +122,7 @@ fn the_validation_sees_a_misspelt_field() {
     let file = folder.path().join("service.yaml");
     fs::write(&file, service.to_string()).unwrap();
     let mut command = Command::new(tool("venv/bin/kubernetes-validate"));
-    let (succeeded, ..) = outcome(command.arg("--strict").arg(file), "run `make tools`");
+    let (succeeded, ..) = outcome(command.arg("--strict").arg(file), INSTALL);
     assert!(!succeeded);
 }
 

@@ -25,8 +25,8 @@ use serde_json::Value;
 /// What every metric of ours begins with.
 const PREFIX: &str = "alert_history_business_grouping_";
 
-/// What is to be done about a Prometheus that is missing.
-const INSTALL_PROMETHEUS: &str = "run `make tools`, or as root: apt-get install prometheus";
+/// What to do about a program that is missing.
+const INSTALL: &str = "run `make tools`";
 
 /// A file of this repository.
 fn path(name: &str) -> PathBuf {
@@ -41,14 +41,17 @@ fn read(name: &str) -> String {
 /// complete and looked after.
 fn yaml(text: &str) -> Vec<Value> {
     const READ: &str = "import json, sys, yaml\n\
-                        json.dump(list(yaml.safe_load_all(sys.argv[1])), sys.stdout)";
-    let output = run(Command::new(tool("venv/bin/python")).args(["-c", READ, text]));
+                        json.dump(list(yaml.safe_load_all(open(sys.argv[1]))), sys.stdout)";
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), text).unwrap();
+    let mut command = Command::new(tool("venv/bin/python"));
+    let output = run(command.args(["-c", READ]).arg(file.path()));
     serde_json::from_str(&output).unwrap()
 }
 
 /// Runs a program that must succeed; returns what it wrote to standard output.
 fn run(command: &mut Command) -> String {
-    let (succeeded, stdout, stderr) = outcome(command, INSTALL_PROMETHEUS);
+    let (succeeded, stdout, stderr) = outcome(command, INSTALL);
     assert!(succeeded, "{command:?}\n{stdout}{stderr}");
     stdout
 }

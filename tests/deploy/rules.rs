@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fs, path::Path, process::Command};
 
 use serde_json::{Value, json};
 
-use crate::{INSTALL_PROMETHEUS, items, outcome, path, promql, read, run, text, yaml};
+use crate::{INSTALL, items, outcome, path, promql, read, run, text, yaml};
 
 const RULES: &str = "deploy/prometheus/rules.yaml";
 const TESTS: &str = "deploy/prometheus/rules.test.yaml";
@@ -170,7 +170,7 @@ fn passes(rules: &[&Value], tests: &Value, alert: &str) -> bool {
 fn promtool_test(file: &Path) -> bool {
     let mut command = Command::new("promtool");
     command.args(["test", "rules"]).arg(file);
-    let (succeeded, stdout, stderr) = outcome(&mut command, INSTALL_PROMETHEUS);
+    let (succeeded, stdout, stderr) = outcome(&mut command, INSTALL);
     // A file that cannot be read fails for another reason than the alert.
     assert!(
         succeeded || stderr.contains("alertname:"),
