@@ -2,10 +2,11 @@
 # `run` needs Rust, gcc and make; the rest needs what `tools` installs.
 
 .DEFAULT_GOAL := help
-.PHONY: run test chaos lint tools proto-image clean-tools next-step help
+.PHONY: run test chaos lint dist tools proto-image prometheus-rule clean-tools next-step help
 .NOTPARALLEL:
 
 PROTO_IMAGE := proto/groupstate.v1.binpb
+PROMETHEUS_RULE := deploy/kubernetes/monitoring/prometheus-rule.yaml
 BUF := .tools/bin/buf
 SEEDS ?= 1..20
 
@@ -27,7 +28,10 @@ lint: tools ## Check formatting, clippy, and that the proto is well-formed and c
 	$(BUF) lint proto
 	$(BUF) breaking proto --against $(PROTO_IMAGE)
 
-tools: ## Install the programs of the tests: Redis and promtool by apt, the others into .tools/
+dist: tools ## Take the steps of the Dockerfile without Docker, and try what they make
+	tests/deploy/dist.py
+
+tools: ## Install the programs of the tests: Redis, Prometheus and kubectl by apt, the others into .tools/
 	tests/tools/install.sh
 
 # The image is what clients were promised, so `lint` must have passed against the
@@ -36,6 +40,10 @@ tools: ## Install the programs of the tests: Redis and promtool by apt, the othe
 proto-image: tools ## Renew the descriptor image that `lint` compares the proto with
 	$(BUF) breaking proto --against $(PROTO_IMAGE)
 	$(BUF) build proto --exclude-source-info -o $(PROTO_IMAGE)
+
+prometheus-rule: ## Renew the copy of deploy/prometheus/rules.yaml that Kubernetes gets
+	sed -i '/^spec:$$/q' $(PROMETHEUS_RULE)
+	sed -n '/^groups:/,$$p' deploy/prometheus/rules.yaml | sed 's/./  &/' >>$(PROMETHEUS_RULE)
 
 clean-tools: ## Remove what `tools` has put into .tools/
 	rm -rf .tools
@@ -50,4 +58,4 @@ next-step: ## Print what to try once the service runs
 
 help: ## Print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 \2/p' $(MAKEFILE_LIST) | \
-		while read -r target text; do printf '%-12s %s\n' "$$target" "$$text"; done
+		while read -r target text; do printf '%-16s %s\n' "$$target" "$$text"; done

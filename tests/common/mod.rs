@@ -6,6 +6,7 @@
 pub mod fault_proxy;
 pub mod http;
 pub mod lossy_proxy;
+pub mod prometheus;
 pub mod proxy;
 pub mod redis_cluster;
 pub mod redis_server;

