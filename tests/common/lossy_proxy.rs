@@ -1,5 +1,6 @@
-//! A TCP proxy in front of Redis on a bad day: at random it loses replies and
-//! holds requests and replies back.
+//! A TCP proxy in front of Redis on a bad day: at random it loses replies, holds
+//! requests and replies back, and lets requests arrive after their connection was
+//! closed.
 //!
 //! It stands beside [`super::proxy`], which loses one reply at a moment that the
 //! test chooses. Here nobody chooses: what matters is that replies are lost while
@@ -20,6 +21,8 @@ use tokio::{
     },
 };
 
+use super::{late_requests::LateRequests, resp::Requests};
+
 /// Passes bytes on both ways, as the weather allows.
 pub struct LossyProxy {
     /// Where it listens.
@@ -29,7 +32,7 @@ pub struct LossyProxy {
 }
 
 /// How often a chunk of bytes fares badly. A chunk is what one read gives: a
-/// request or a reply, or a few of one connection.
+/// request or a reply, or a few of one connection. Requests are always whole.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Weather {
     /// The share of replies that are swallowed. Redis has executed what they
@@ -39,6 +42,9 @@ pub struct Weather {
     /// The share of requests, and of replies, that wait, and with them all that
     /// comes after on their connection.
     pub late: f64,
+    /// The share of requests whose connection is closed at once, and that reach
+    /// Redis all the same after they have waited.
+    pub outliving: f64,
     /// They wait up to this long.
     pub longest_wait: Duration,
 }
@@ -51,13 +57,22 @@ struct State {
     dice: Mutex<StdRng>,
     /// The replies that were swallowed.
     lost: Mutex<Vec<Vec<u8>>>,
+    /// The requests that outlive their connections.
+    late: Arc<LateRequests>,
 }
 
-/// What becomes of a chunk.
-enum Fate {
-    Passes,
-    Waits(Duration),
-    IsLost,
+/// What becomes of requests.
+enum FateOfRequests {
+    Pass,
+    Wait(Duration),
+    Outlive(Duration),
+}
+
+/// What becomes of replies.
+enum FateOfReplies {
+    Pass,
+    Wait(Duration),
+    AreLost,
 }
 
 // === impl LossyProxy ===
@@ -71,6 +86,7 @@ impl LossyProxy {
             weather: Mutex::default(),
             dice: Mutex::new(StdRng::seed_from_u64(seed)),
             lost: Mutex::default(),
+            late: LateRequests::new(upstream),
         });
         let shared = state.clone();
         tokio::spawn(async move {
@@ -93,28 +109,37 @@ impl LossyProxy {
     pub fn lost_replies(&self) -> Vec<Vec<u8>> {
         self.state.lost.lock().unwrap().clone()
     }
+
+    /// The requests that outlive their connections.
+    pub fn late_requests(&self) -> &LateRequests {
+        &self.state.late
+    }
 }
 
 // === impl State ===
 
 impl State {
-    fn fate_of_request(&self) -> Fate {
+    fn fate_of_requests(&self) -> FateOfRequests {
         let weather = *self.weather.lock().unwrap();
         let mut dice = self.dice.lock().unwrap();
-        if dice.random_bool(weather.late) {
-            Fate::Waits(weather.longest_wait.mul_f64(dice.random()))
+        if dice.random_bool(weather.outliving) {
+            FateOfRequests::Outlive(weather.longest_wait.mul_f64(dice.random()))
+        } else if dice.random_bool(weather.late) {
+            FateOfRequests::Wait(weather.longest_wait.mul_f64(dice.random()))
         } else {
-            Fate::Passes
+            FateOfRequests::Pass
         }
     }
 
-    fn fate_of_reply(&self) -> Fate {
+    fn fate_of_replies(&self) -> FateOfReplies {
         let weather = *self.weather.lock().unwrap();
-        let is_lost = self.dice.lock().unwrap().random_bool(weather.lost);
-        if is_lost {
-            Fate::IsLost
+        let mut dice = self.dice.lock().unwrap();
+        if dice.random_bool(weather.lost) {
+            FateOfReplies::AreLost
+        } else if dice.random_bool(weather.late) {
+            FateOfReplies::Wait(weather.longest_wait.mul_f64(dice.random()))
         } else {
-            self.fate_of_request()
+            FateOfReplies::Pass
         }
     }
 }
@@ -129,26 +154,45 @@ async fn pass(client: TcpStream, upstream: SocketAddr, state: Arc<State>) {
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = server.into_split();
     // Either end closes both directions. A request that still waits here is
-    // dropped then: it never outlives its connection.
+    // dropped then; only one that was sent on a detour outlives its connection.
     tokio::select! {
-        () = pump(from_client, to_server, &state, State::fate_of_request) => {}
-        () = pump(from_server, to_client, &state, State::fate_of_reply) => {}
+        () = pass_requests(from_client, to_server, &state) => {}
+        () = pass_replies(from_server, to_client, &state) => {}
     }
 }
 
-/// Passes chunks on until one is lost or either side closes.
-async fn pump(
-    mut from: OwnedReadHalf,
-    mut to: OwnedWriteHalf,
-    state: &State,
-    fate: impl Fn(&State) -> Fate,
-) {
+/// Passes requests on until some outlive the connection or either side closes.
+async fn pass_requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, state: &State) {
+    let mut requests = Requests::default();
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
-        match fate(state) {
-            Fate::Passes => {}
-            Fate::Waits(time) => tokio::time::sleep(time).await,
-            Fate::IsLost => {
+        let mut whole = requests.whole(&buffer[..read]);
+        if whole.is_empty() {
+            continue;
+        }
+        state.late.pass_by(&mut whole);
+        match state.fate_of_requests() {
+            FateOfRequests::Pass => {}
+            FateOfRequests::Wait(time) => tokio::time::sleep(time).await,
+            FateOfRequests::Outlive(time) => {
+                let _ = state.late.detour(time).send(whole);
+                return;
+            }
+        }
+        if to.write_all(&whole).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Passes replies on until some are lost or either side closes.
+async fn pass_replies(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, state: &State) {
+    let mut buffer = vec![0; 64 * 1024];
+    while let Ok(read @ 1..) = from.read(&mut buffer).await {
+        match state.fate_of_replies() {
+            FateOfReplies::Pass => {}
+            FateOfReplies::Wait(time) => tokio::time::sleep(time).await,
+            FateOfReplies::AreLost => {
                 state.lost.lock().unwrap().push(buffer[..read].to_vec());
                 return;
             }

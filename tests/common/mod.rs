@@ -5,11 +5,13 @@
 
 pub mod fault_proxy;
 pub mod http;
+pub mod late_requests;
 pub mod lossy_proxy;
 pub mod prometheus;
 pub mod proxy;
 pub mod redis_cluster;
 pub mod redis_server;
+pub mod resp;
 pub mod service;
 
 use std::{

@@ -34,7 +34,6 @@ pub type Store = Arc<dyn GroupStore>;
 
 const INSTANCES: u64 = 3;
 const CLIENTS_PER_INSTANCE: u64 = 4;
-const KEYS: usize = 5;
 
 const MAX_DOCUMENT_BYTES: usize = 1 << 20;
 const HOUR: Expiry = Expiry::After(Duration::from_secs(3_600));
@@ -47,7 +46,11 @@ pub struct Plan {
     pub seed: u64,
     /// The clients stop when so many calls were answered.
     pub answered_calls: usize,
+    pub keys: usize,
     pub weather: Weather,
+    /// The proxies lift the deadlines of writes, so that Redis executes them
+    /// however late they come: a deliberate mistake.
+    pub deadlines_lifted: bool,
 }
 
 /// What happened.
@@ -75,6 +78,11 @@ pub struct Tally {
     /// Writes whose reply was swallowed, and whose client was told the version
     /// all the same: the repeated write was recognised by its write id.
     pub recognised: usize,
+    /// Writes that reached Redis after their connection was closed, and were
+    /// refused because they were late.
+    pub refused_late: usize,
+    /// Writes whose deadlines were lifted.
+    pub lifted: usize,
 }
 
 /// One client: it makes one call after another.
@@ -105,7 +113,7 @@ pub async fn make_history(
     plan: Plan,
     wrap: impl Fn(Store) -> Store,
 ) -> History {
-    let keys = (0..KEYS).map(|at| format!("history {}/{at}", plan.seed));
+    let keys = (0..plan.keys).map(|at| format!("history {}/{at}", plan.seed));
     let shared = Arc::new(Shared {
         keys: keys.map(|key| GroupKey::new(key).unwrap()).collect(),
         next_event: AtomicU64::new(0),
@@ -117,6 +125,9 @@ pub async fn make_history(
         let proxy = LossyProxy::start(server.addr(), plan.seed * 10 + instance).await;
         let store = wrap(store_at(&proxy.url()).await);
         proxy.set_weather(plan.weather);
+        if plan.deadlines_lifted {
+            proxy.late_requests().lift_deadlines();
+        }
         proxies.push(proxy);
         for client in 0..CLIENTS_PER_INSTANCE {
             let seed = plan.seed * 100 + instance * 10 + client;
@@ -126,7 +137,7 @@ pub async fn make_history(
     }
     let clients = clients.join_all().await;
     let mut history = History {
-        calls: vec![Vec::new(); KEYS],
+        calls: vec![Vec::new(); plan.keys],
         tally: Tally::default(),
     };
     for client in clients {
@@ -134,6 +145,11 @@ pub async fn make_history(
         for (key, call) in client.journal {
             history.calls[key].push(call);
         }
+    }
+    for proxy in &proxies {
+        let late = proxy.late_requests().tally();
+        history.tally.refused_late += late.refused;
+        history.tally.lifted += late.lifted;
     }
     let lost: Vec<_> = proxies.iter().flat_map(LossyProxy::lost_replies).collect();
     history.tally.lost_replies = lost.len();
@@ -328,5 +344,7 @@ impl AddAssign for Tally {
         self.from_memory += other.from_memory;
         self.lost_replies += other.lost_replies;
         self.recognised += other.recognised;
+        self.refused_late += other.refused_late;
+        self.lifted += other.lifted;
     }
 }
