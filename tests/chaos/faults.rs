@@ -111,7 +111,8 @@ impl Site {
             | Fault::BlackHole { .. }
             | Fault::Partition
             | Fault::Refuse
-            | Fault::FlapReset(_) => self.strike_the_network(step, end).await,
+            | Fault::FlapReset(_)
+            | Fault::Stragglers(_) => self.strike_the_network(step, end).await,
         }
     }
 
@@ -178,6 +179,16 @@ impl Site {
                         proxy.reset_all();
                     }
                     sleep(period).await;
+                }
+            }
+            Fault::Stragglers(delay) => {
+                for proxy in &struck {
+                    proxy.divert(delay);
+                }
+                sleep_until(end).await;
+                for proxy in &struck {
+                    proxy.stop_swallowing();
+                    proxy.reset_all();
                 }
             }
             _ => unreachable!("{step} is not of the network"),
@@ -257,6 +268,13 @@ impl Site {
             .query_async(&mut connection)
             .await;
         answer.unwrap_or_else(|error| panic!("{command:?}: {error}"))
+    }
+
+    /// Waits until no request is left that may reach Redis late.
+    pub async fn wait_for_stragglers(&self) {
+        for proxy in &self.proxies {
+            proxy.late_requests().have_arrived().await;
+        }
     }
 
     /// Waits until everybody who was struck can write to Redis on a new

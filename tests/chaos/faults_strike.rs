@@ -292,6 +292,28 @@ async fn a_partition_that_heals_delivers_late() {
 }
 
 #[tokio::test]
+async fn stragglers_arrive_when_their_connection_is_gone() {
+    const DELAY: Duration = Duration::from_millis(300);
+    let mut site = Site::start(false, 1).await;
+    let (direct, through) = (site.redis.addr(), site.addr_for(0));
+    let mut line = Line::open(through).await;
+    assert_eq!(line.ping().await, "+PONG");
+    let step = step(Fault::Stragglers(DELAY));
+    let look = async {
+        sleep(AMIDST).await;
+        line.0.write_all(b"SET ghost v\r\n").await.unwrap();
+        assert_eq!(line.ping().await, "silence");
+    };
+    tokio::join!(look, site.strike(&step));
+    let end = Instant::now();
+    assert!(!["silence", "+PONG"].contains(&&*line.ping().await));
+    assert_eq!(try_to(through, "EXISTS ghost").await, ":0");
+    site.wait_for_stragglers().await;
+    assert!(end.elapsed() >= DELAY, "{:?}", end.elapsed());
+    assert_eq!(try_to(direct, "EXISTS ghost").await, ":1");
+}
+
+#[tokio::test]
 async fn delayed_bytes_arrive_that_much_later() {
     let mut site = Site::start(false, 1).await;
     let mut line = Line::open(site.addr_for(0)).await;

@@ -53,8 +53,8 @@ use futures::{StreamExt, stream};
 use run::{Outcome, Run};
 use schedule::{Plan, Policy};
 
-/// Seeds whose runs meet every fault under both policies, with 1 and 3 instances,
-/// behind a proxy and without. A test below holds them to it.
+/// Seeds whose runs meet every fault that is drawn under both policies, with 1 and
+/// 3 instances, behind a proxy and without. A test below holds them to it.
 const FIXED: [(u64, Policy); 8] = [
     (3740, Policy::Reconcile),
     (310, Policy::Discard),
@@ -164,7 +164,7 @@ async fn hold(plans: impl Iterator<Item = Plan>) {
 }
 
 #[test]
-fn the_fixed_seeds_meet_every_fault_both_policies_and_every_topology() {
+fn the_fixed_seeds_meet_every_drawn_fault_both_policies_and_every_topology() {
     let plans: Vec<Plan> = FIXED
         .iter()
         .map(|(seed, policy)| Plan::draw(*seed, Some(*policy)))

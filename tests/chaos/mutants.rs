@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::{
     clients::Sabotage,
+    report,
     run::Run,
     schedule::{After, Fault, Plan, Policy, Step, Target},
     verdict::{Flaw, Verdict},
@@ -88,4 +89,69 @@ async fn a_service_without_a_fallback_is_noticed() {
     assert!(verdict.flaws.iter().any(refused), "{:?}", verdict.flaws);
     let not_noticed = |flaw: &Flaw| matches!(flaw, Flaw::NotNoticed { .. });
     assert!(verdict.flaws.iter().any(not_noticed), "{:?}", verdict.flaws);
+}
+
+/// A run in which requests reach Redis late: when the client was answered and has
+/// gone on, after short faults by Redis alone, after the long one by memory first.
+fn run_with_stragglers(policy: Policy) -> Run {
+    let stragglers = |length, delay| Step {
+        fault: Fault::Stragglers(Duration::from_millis(delay)),
+        target: Target::Everybody,
+        length: Duration::from_millis(length),
+        after: After::Recovered,
+    };
+    let short = stragglers(250, 600);
+    let long = stragglers(1_400, 1_500);
+    Run::of(Plan {
+        proxied: true,
+        ..plan(policy, vec![short, short, long, short, short])
+    })
+}
+
+/// Without deadlines late writes are executed: groups are seen as they were before.
+/// Not each of them is seen, since its writer may write again before it looks, and
+/// now and then none of a run.
+#[tokio::test(flavor = "multi_thread")]
+async fn write_deadlines_that_are_off_are_noticed() {
+    const TRIES: usize = 3;
+    for _ in 0..TRIES {
+        let run = Run {
+            deadlines_lifted: true,
+            ..run_with_stragglers(Policy::Reconcile)
+        };
+        let outcome = run.make().await;
+        for late in &outcome.late {
+            assert!(late.lifted > 0 && late.refused == 0, "{late:?}");
+        }
+        let seen = |flaw: &&Flaw| matches!(flaw, Flaw::Lost { .. } | Flaw::CameBack { .. });
+        let seen: Vec<_> = outcome.verdict.flaws.iter().filter(seen).collect();
+        for flaw in &seen {
+            println!("{flaw}");
+        }
+        if !seen.is_empty() {
+            return;
+        }
+    }
+    panic!("{TRIES} runs without deadlines pass");
+}
+
+/// With deadlines late writes are refused, and a run has no flaws.
+async fn late_writes_do_no_harm(policy: Policy) {
+    let outcome = run_with_stragglers(policy).make().await;
+    if let Some(explanation) = report::explanation(&outcome) {
+        panic!("{explanation}");
+    }
+    for late in &outcome.late {
+        assert!(late.refused >= 5, "{late:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn late_writes_do_no_harm_with_reconcile() {
+    late_writes_do_no_harm(Policy::Reconcile).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn late_writes_do_no_harm_with_discard() {
+    late_writes_do_no_harm(Policy::Discard).await;
 }

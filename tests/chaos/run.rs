@@ -27,7 +27,7 @@ use super::{
     watch::{self, Seen, resident_bytes},
     wire::FLEETING_TTL,
 };
-use crate::common::service::Service;
+use crate::common::{late_requests::LateTally, service::Service};
 
 /// A run to be made.
 #[derive(Clone, Debug)]
@@ -36,6 +36,9 @@ pub struct Run {
     pub sabotage: Sabotage,
     /// Groups that are deleted in Redis at the end, behind everybody's back.
     pub deleted_behind: usize,
+    /// The proxies lift the deadlines of writes, so that Redis executes them
+    /// however late they come.
+    pub deadlines_lifted: bool,
 }
 
 /// What came of it.
@@ -43,6 +46,8 @@ pub struct Outcome {
     pub plan: Plan,
     pub evidence: Evidence,
     pub verdict: Verdict,
+    /// What each proxy has seen of late requests.
+    pub late: Vec<LateTally>,
 }
 
 /// The parts of a run while it goes on.
@@ -82,6 +87,7 @@ impl Run {
             plan,
             sabotage: Sabotage::None,
             deleted_behind: 0,
+            deadlines_lifted: false,
         }
     }
 
@@ -89,11 +95,14 @@ impl Run {
         let mut stage = Stage::set(&self).await;
         sleep(WARM_UP).await;
         let faults = stage.play(&self.plan).await;
+        let proxies = stage.site.proxies.iter();
+        let late = proxies.map(|proxy| proxy.late_requests().tally()).collect();
         let evidence = stage.strike_set(&self, faults).await;
         Outcome {
             verdict: judge(&evidence),
             plan: self.plan,
             evidence,
+            late,
         }
     }
 }
@@ -106,6 +115,12 @@ impl Stage {
         let plan = &run.plan;
         let proxies = if plan.proxied { plan.instances } else { 0 };
         let site = Site::start(plan.persists, proxies).await;
+        if run.deadlines_lifted {
+            assert!(plan.proxied, "nobody is there to lift deadlines");
+            for proxy in &site.proxies {
+                proxy.late_requests().lift_deadlines();
+            }
+        }
         let mut services = Vec::new();
         for instance in 0..plan.instances {
             services.push(Arc::new(start_service(plan, &site, instance).await));
@@ -179,6 +194,7 @@ impl Stage {
                 _ => self.wait_until_recovered(writable).await,
             };
             if awaited {
+                self.site.wait_for_stragglers().await;
                 sleep(QUIET).await;
             }
             faults.push(Struck {

@@ -1,11 +1,12 @@
-//! A TCP proxy that does to connections what networks do: delays, resets,
-//! partitions that heal, and bytes that vanish.
+//! A TCP proxy in front of Redis that does to connections what networks do:
+//! delays, resets, partitions that heal, bytes that vanish, and requests that
+//! arrive when their connection is gone.
 //!
 //! TCP never loses bytes in the middle of a stream. So a connection on which
 //! bytes have vanished stays dead in that direction for good, even when the
 //! fault is over: it can only be given up or reset.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
@@ -15,11 +16,14 @@ use tokio::{
     time::Instant,
 };
 
+use super::{late_requests::LateRequests, resp::Requests};
+
 /// Passes connections on to a server, with faults on demand. Ends when dropped.
 pub struct FaultProxy {
     addr: SocketAddr,
     upstream: SocketAddr,
     behaviour: watch::Sender<Behaviour>,
+    late: Arc<LateRequests>,
     /// None while new connections are refused.
     accepting: Option<JoinHandle<()>>,
 }
@@ -41,6 +45,8 @@ struct Behaviour {
     held: bool,
     /// Bytes vanish this way.
     swallowed: Option<Direction>,
+    /// Requests that vanish arrive this long after their connection was ended.
+    detour: Option<Duration>,
     /// Connections that are older than the last of these resets are ended.
     resets: u64,
 }
@@ -54,6 +60,7 @@ impl FaultProxy {
             addr: listener.local_addr().unwrap(),
             upstream,
             behaviour: watch::Sender::default(),
+            late: LateRequests::new(upstream),
             accepting: None,
         };
         proxy.accept_from(listener);
@@ -90,14 +97,31 @@ impl FaultProxy {
         self.behaviour.send_modify(|now| now.swallowed = swallowed);
     }
 
+    /// A black hole that does not keep the requests it takes: they reach Redis
+    /// this long after their connection was ended.
+    pub fn divert(&self, delay: Duration) {
+        self.behaviour.send_modify(|now| {
+            now.swallowed = Some(Direction::ToServer);
+            now.detour = Some(delay);
+        });
+    }
+
     /// Ends the black hole. Connections that lost bytes stay as they are.
     pub fn stop_swallowing(&self) {
-        self.behaviour.send_modify(|now| now.swallowed = None);
+        self.behaviour.send_modify(|now| {
+            now.swallowed = None;
+            now.detour = None;
+        });
     }
 
     /// Ends all connections by RST.
     pub fn reset_all(&self) {
         self.behaviour.send_modify(|now| now.resets += 1);
+    }
+
+    /// The requests that outlive their connections.
+    pub fn late_requests(&self) -> &LateRequests {
+        &self.late
     }
 
     /// Refuses new connections, as a host without a server does.
@@ -131,9 +155,10 @@ impl FaultProxy {
 
     fn accept_from(&mut self, listener: TcpListener) {
         let (upstream, behaviour) = (self.upstream, self.behaviour.subscribe());
+        let late = self.late.clone();
         self.accepting = Some(tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(pass(client, upstream, behaviour.clone()));
+                tokio::spawn(pass(client, upstream, behaviour.clone(), late.clone()));
             }
         }));
     }
@@ -153,6 +178,7 @@ async fn pass(
     mut client: TcpStream,
     upstream: SocketAddr,
     mut behaviour: watch::Receiver<Behaviour>,
+    late: Arc<LateRequests>,
 ) {
     let resets_before = behaviour.borrow().resets;
     // A server that is gone looks to the client as if there were no proxy.
@@ -167,12 +193,14 @@ async fn pass(
                 to_server,
                 Direction::ToServer,
                 behaviour.clone(),
+                late.clone(),
             );
             let replies = pump(
                 from_server,
                 to_client,
                 Direction::FromServer,
                 behaviour.clone(),
+                late,
             );
             tokio::select! {
                 () = requests => reset = false,
@@ -196,12 +224,15 @@ async fn pump(
     mut to: impl AsyncWrite + Unpin,
     way: Direction,
     behaviour: watch::Receiver<Behaviour>,
+    late: Arc<LateRequests>,
 ) {
     let (sender, mut line) = mpsc::unbounded_channel::<(Instant, Vec<u8>)>();
     let mut gate = behaviour.clone();
     let read = async move {
         let mut buffer = vec![0; 64 * 1024];
+        let mut requests = Requests::default();
         let mut dead = false;
+        let mut detour = None;
         loop {
             let count = from.read(&mut buffer).await.unwrap_or(0);
             let now = *behaviour.borrow();
@@ -214,8 +245,16 @@ async fn pump(
             if count == 0 {
                 return;
             }
+            let mut bytes = buffer[..count].to_vec();
+            if way == Direction::ToServer {
+                bytes = requests.whole(&bytes);
+                late.pass_by(&mut bytes);
+            }
             if !dead {
-                let _ = sender.send((Instant::now() + now.delay, buffer[..count].to_vec()));
+                let _ = sender.send((Instant::now() + now.delay, bytes));
+            } else if let Some(delay) = now.detour {
+                let detour = detour.get_or_insert_with(|| late.detour(delay));
+                let _ = detour.send(bytes);
             }
         }
     };
