@@ -67,7 +67,7 @@ pub struct Attempt {
 
 /// One command, and the server it is for.
 #[derive(Clone, Debug)]
-pub struct Call {
+pub struct Command {
     node: Node,
     /// See [`Place::is_arriving`].
     is_arriving: bool,
@@ -227,21 +227,21 @@ impl<'a> Attempts<'a> {
 
 impl Attempt {
     /// Runs one command that changes no document.
-    pub async fn run(&self, call: Call) -> Result<Value, Fault> {
-        if call.is_arriving {
-            let replies = self.pipeline(vec![call.asking(), call]).await?;
+    pub async fn run(&self, command: Command) -> Result<Value, Fault> {
+        if command.is_arriving {
+            let replies = self.pipeline(vec![command.asking(), command]).await?;
             let missing = || Err(Fault::Lost("replies are missing".into()));
             return replies.into_iter().nth(1).unwrap_or_else(missing);
         }
-        let client = self.client.with_options(&call.options());
-        self.within(client.custom(call.command(), call.arguments))
+        let client = self.client.with_options(&command.options());
+        self.within(client.custom(command.name(), command.arguments))
             .await
     }
 
     /// Runs one command that may change a document.
-    pub async fn run_write(&self, trail: &Trail, call: Call) -> Result<Value, Fault> {
+    pub async fn run_write(&self, trail: &Trail, command: Command) -> Result<Value, Fault> {
         trail.sent(self);
-        let reply = self.run(call).await;
+        let reply = self.run(command).await;
         if !matches!(reply, Err(Fault::Lost(_))) {
             trail.answered();
         }
@@ -250,14 +250,17 @@ impl Attempt {
 
     /// Runs commands in one pipeline, those to one server right after each
     /// other. One result each, in order.
-    pub async fn pipeline(&self, calls: Vec<Call>) -> Result<Vec<Result<Value, Fault>>, Fault> {
+    pub async fn pipeline(
+        &self,
+        commands: Vec<Command>,
+    ) -> Result<Vec<Result<Value, Fault>>, Fault> {
         let pipeline = self.client.pipeline();
-        let queued = calls.len();
-        for call in calls {
-            let pipeline = pipeline.with_options(&call.options());
+        let queued = commands.len();
+        for command in commands {
+            let pipeline = pipeline.with_options(&command.options());
             // Answered at once; sent below.
             let answer: Result<Value, Error> =
-                pipeline.custom(call.command(), call.arguments).await;
+                pipeline.custom(command.name(), command.arguments).await;
             answer.map_err(|error| Fault::NotRun(error.details().to_owned()))?;
         }
         let replies = self
@@ -340,9 +343,9 @@ impl Left {
     }
 }
 
-// === impl Call ===
+// === impl Command ===
 
-impl Call {
+impl Command {
     /// A command without a key.
     pub fn at(node: &Node, name: &'static str, arguments: Vec<Value>) -> Self {
         Self {
@@ -368,7 +371,7 @@ impl Call {
         Self::at(&self.node, "ASKING", Vec::new())
     }
 
-    fn command(&self) -> CustomCommand {
+    fn name(&self) -> CustomCommand {
         // In a cluster, the options say where it goes.
         CustomCommand::new_static(self.name, ClusterHash::Random, false)
     }

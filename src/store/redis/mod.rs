@@ -12,10 +12,11 @@ mod connection;
 mod fault;
 mod scan;
 mod script;
+mod server_info;
 mod topology;
 mod write;
 
-use std::{collections::HashMap, time::Duration};
+use std::time::Duration;
 
 use fred::prelude::Value;
 use futures::{Stream, future::join_all};
@@ -24,10 +25,11 @@ use tokio::{sync::watch, time::Instant};
 pub use self::{
     attempt::Trail,
     connection::{NoPong, RedisSettings},
+    server_info::ServerInfo,
     write::pipelines,
 };
 use self::{
-    attempt::{Attempt, Attempts, Call},
+    attempt::{Attempt, Attempts, Command},
     connection::Connections,
     fault::Fault,
     scan::KeySpace,
@@ -91,19 +93,6 @@ pub enum Offered {
     NotNeeded,
     /// Redis holds nothing, since somebody has deleted it.
     Deleted,
-}
-
-/// What Redis says of itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ServerInfo {
-    /// Another one after every start of a server; of a cluster those of all its
-    /// primaries.
-    pub run_id: String,
-    /// Whether it throws keys away when its memory is full: the first policy
-    /// other than `noeviction`, if there is one.
-    pub maxmemory_policy: String,
-    /// Whether it is no replica; of a cluster, whether none is.
-    pub is_primary: bool,
 }
 
 // === impl RedisStore ===
@@ -426,7 +415,7 @@ impl RedisStore {
             return write::read_read_reply(key, &reply);
         }
         let arguments = vec![place.key.as_str().into()];
-        let value = attempt.run(Call::on(&place, "GET", arguments)).await?;
+        let value = attempt.run(Command::on(&place, "GET", arguments)).await?;
         Ok(script::bytes(&value).map(|json| StoredDocument {
             document: Document {
                 key: key.clone(),
@@ -445,7 +434,7 @@ impl RedisStore {
     ) -> Vec<Result<WriteOutcome, Fault>> {
         let all_failed = |fault| vec![Err(fault); writes.len()];
         let mut places = Vec::with_capacity(writes.len());
-        let mut calls = Vec::with_capacity(writes.len());
+        let mut commands = Vec::with_capacity(writes.len());
         for write in writes {
             let place = match self.place(write.head.key(), attempt).await {
                 Ok(place) => place,
@@ -455,13 +444,13 @@ impl RedisStore {
                 Ok(bounds) => bounds,
                 Err(fault) => return all_failed(fault),
             };
-            calls.push(script::WRITE.call(&place, write::arguments(write, &bounds)));
+            commands.push(script::WRITE.call(&place, write::arguments(write, &bounds)));
             places.push(place);
         }
         for trail in trails {
             trail.sent(attempt);
         }
-        let replies = match attempt.pipeline(calls).await {
+        let replies = match attempt.pipeline(commands).await {
             Ok(replies) => replies,
             Err(fault) => return all_failed(fault),
         };
@@ -489,8 +478,11 @@ impl RedisStore {
         }
         // fred has looked at the cluster again. If the key still belongs there,
         // it is on its way to another server.
-        let call = Call::at(&place.node, "CLUSTER", vec!["NODES".into()]);
-        let nodes = attempt.run(call).await.map_err(Fault::before_the_write)?;
+        let command = Command::at(&place.node, "CLUSTER", vec!["NODES".into()]);
+        let nodes = attempt
+            .run(command)
+            .await
+            .map_err(Fault::before_the_write)?;
         let nodes = nodes.into_string().unwrap_or_default();
         Ok(match topology.destination(&place.key, &nodes) {
             Some(node) => Place {
@@ -545,7 +537,7 @@ impl RedisStore {
     /// Asks a server what time it is.
     async fn ask_time(&self, attempt: &Attempt, node: &Node) -> Result<(), Fault> {
         let sent = Instant::now();
-        let reply = attempt.run(Call::at(node, "TIME", Vec::new())).await;
+        let reply = attempt.run(Command::at(node, "TIME", Vec::new())).await;
         let reply = reply.map_err(Fault::before_the_write)?;
         let time: Option<Vec<i64>> = reply.convert().ok();
         let Some([seconds, micros]) = time.as_deref() else {
@@ -586,66 +578,5 @@ impl NotDone {
 impl From<StoreError> for NotDone {
     fn from(error: StoreError) -> Self {
         Self::answered(error)
-    }
-}
-
-// === impl ServerInfo ===
-
-impl ServerInfo {
-    /// From the reply to `INFO`.
-    fn parse(info: &str) -> Option<Self> {
-        let fields: HashMap<&str, &str> = info
-            .lines()
-            .filter_map(|line| line.trim().split_once(':'))
-            .collect();
-        Some(Self {
-            run_id: (*fields.get("run_id")?).to_owned(),
-            maxmemory_policy: fields
-                .get("maxmemory_policy")
-                .copied()
-                .unwrap_or_default()
-                .to_owned(),
-            is_primary: fields.get("role") == Some(&"master"),
-        })
-    }
-
-    /// Of several servers as one, whatever their order.
-    fn join(mut servers: Vec<Self>) -> Self {
-        servers.sort_by(|a, b| a.run_id.cmp(&b.run_id));
-        let run_ids: Vec<_> = servers
-            .iter()
-            .map(|server| server.run_id.as_str())
-            .collect();
-        let policies = servers
-            .iter()
-            .map(|server| server.maxmemory_policy.as_str());
-        let worst = policies.max_by_key(|policy| *policy != "noeviction");
-        Self {
-            run_id: run_ids.join(","),
-            maxmemory_policy: worst.unwrap_or_default().to_owned(),
-            is_primary: servers.iter().all(|server| server.is_primary),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn several_servers_are_one_whatever_their_order() {
-        let server = |run_id: &str, policy: &str| {
-            let info = format!(
-                "# Server\r\nrun_id:{run_id}\r\nmaxmemory_policy:{policy}\r\nrole:master\r\n"
-            );
-            ServerInfo::parse(&info).unwrap()
-        };
-        let (a, b) = (server("a", "noeviction"), server("b", "allkeys-lru"));
-        let joined = ServerInfo::join(vec![b.clone(), a.clone()]);
-        assert_eq!(joined, ServerInfo::join(vec![a.clone(), b]));
-        assert_eq!(joined.run_id, "a,b");
-        assert_eq!(joined.maxmemory_policy, "allkeys-lru");
-        assert_eq!(ServerInfo::join(vec![a.clone()]), a);
-        assert_eq!(ServerInfo::parse("nothing"), None);
     }
 }

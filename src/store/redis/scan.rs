@@ -13,7 +13,7 @@ use futures::{Stream, future::try_join_all, stream};
 
 use super::{
     NotDone, ServerInfo,
-    attempt::{Attempts, Call},
+    attempt::{Attempts, Command},
     connection::Connections,
     fault::Fault,
     script::{self, ScriptReply},
@@ -297,19 +297,19 @@ impl KeySpace {
     async fn ask(
         &self,
         node: &Node,
-        command: &'static str,
+        name: &'static str,
         arguments: Vec<Value>,
         deadline: Deadline,
     ) -> Result<Value, NotDone> {
         // Each step of a listing gets the time of one call.
         let mut attempts = Attempts::at_read(&self.connections, deadline);
         while let Some(attempt) = attempts.next().await {
-            let _measured = telemetry::redis_attempt(match command {
+            let _measured = telemetry::redis_attempt(match name {
                 "SCAN" => RedisCommand::Scan,
                 _ => RedisCommand::Other,
             });
-            let call = Call::at(node, command, arguments.clone());
-            match attempt.run(call).await {
+            let command = Command::at(node, name, arguments.clone());
+            match attempt.run(command).await {
                 Ok(reply) => return Ok(reply),
                 Err(fault) => attempts.failed(&attempt, fault)?,
             }
@@ -321,12 +321,12 @@ impl KeySpace {
     /// type lives.
     async fn read_each(
         &self,
-        command: &'static str,
+        name: &'static str,
         keys: &[GroupKey],
         deadline: Deadline,
     ) -> Result<Vec<Option<Value>>, NotDone> {
-        let call = |place: &Place| Call::on(place, command, vec![place.key.as_str().into()]);
-        self.read(keys, call, deadline).await
+        let command = |place: &Place| Command::on(place, name, vec![place.key.as_str().into()]);
+        self.read(keys, command, deadline).await
     }
 
     /// The reply of `read.lua` for each of some keys; None where another type
@@ -336,16 +336,16 @@ impl KeySpace {
         keys: &[GroupKey],
         deadline: Deadline,
     ) -> Result<Vec<Option<Value>>, NotDone> {
-        let call = |place: &Place| script::READ.call(place, Vec::new());
-        self.read(keys, call, deadline).await
+        let command = |place: &Place| script::READ.call(place, Vec::new());
+        self.read(keys, command, deadline).await
     }
 
-    /// The replies to one call on each of some keys, in one pipeline; None where
+    /// The replies to one command on each of some keys, in one pipeline; None where
     /// another type lives.
     async fn read(
         &self,
         keys: &[GroupKey],
-        call: impl Fn(&Place) -> Call,
+        command: impl Fn(&Place) -> Command,
         deadline: Deadline,
     ) -> Result<Vec<Option<Value>>, NotDone> {
         if keys.is_empty() {
@@ -355,13 +355,13 @@ impl KeySpace {
         let mut attempts = Attempts::at_read(&self.connections, deadline);
         while let Some(attempt) = attempts.next().await {
             let _measured = telemetry::redis_attempt(RedisCommand::Scan);
-            let calls: Option<Vec<_>> = {
+            let commands: Option<Vec<_>> = {
                 let topology = self.connections.topology();
                 let places = keys.iter().map(|key| topology.place(self.redis_key(key)));
-                places.map(|place| place.as_ref().map(&call)).collect()
+                places.map(|place| place.as_ref().map(&command)).collect()
             };
-            let replies = match calls {
-                Some(calls) => attempt.pipeline(calls).await,
+            let replies = match commands {
+                Some(commands) => attempt.pipeline(commands).await,
                 None => Err(Fault::NotRun(Topology::NO_SERVER.into())),
             };
             match replies.and_then(|replies| replies.into_iter().map(unless_foreign).collect()) {

@@ -7,7 +7,7 @@ use fred::prelude::Value;
 use sha1::{Digest, Sha1};
 
 use super::{
-    attempt::{Attempt, Call, Trail},
+    attempt::{Attempt, Command, Trail},
     fault::Fault,
     topology::{Node, Place},
 };
@@ -72,22 +72,22 @@ impl Script {
     }
 
     /// A call of the script.
-    pub fn call(&self, place: &Place, arguments: Vec<Value>) -> Call {
+    pub fn call(&self, place: &Place, arguments: Vec<Value>) -> Command {
         let mut all = Vec::with_capacity(arguments.len() + 3);
         all.push(self.sha1.as_str().into());
         all.push("1".into());
         all.push(place.key.as_str().into());
         all.extend(arguments);
-        Call::on(place, "EVALSHA", all)
+        Command::on(place, "EVALSHA", all)
     }
 
     /// Calls a script that changes nothing.
     pub async fn run(&self, attempt: &Attempt, place: &Place) -> Result<ScriptReply, Fault> {
-        let call = self.call(place, Vec::new());
-        let reply = match attempt.run(call.clone()).await {
+        let command = self.call(place, Vec::new());
+        let reply = match attempt.run(command.clone()).await {
             Err(Fault::NoScript) => {
                 self.load(attempt, &place.node).await?;
-                attempt.run(call).await?
+                attempt.run(command).await?
             }
             reply => reply?,
         };
@@ -102,11 +102,11 @@ impl Script {
         place: &Place,
         arguments: Vec<Value>,
     ) -> Result<ScriptReply, Fault> {
-        let call = self.call(place, arguments);
-        let reply = match attempt.run_write(trail, call.clone()).await {
+        let command = self.call(place, arguments);
+        let reply = match attempt.run_write(trail, command.clone()).await {
             Err(Fault::NoScript) => {
                 self.load(attempt, &place.node).await?;
-                attempt.run_write(trail, call).await?
+                attempt.run_write(trail, command).await?
             }
             reply => reply?,
         };
@@ -116,7 +116,7 @@ impl Script {
     /// Makes the script known to a server.
     pub async fn load(&self, attempt: &Attempt, node: &Node) -> Result<(), Fault> {
         let arguments = vec!["LOAD".into(), self.source.into()];
-        let loaded = attempt.run(Call::at(node, "SCRIPT", arguments)).await;
+        let loaded = attempt.run(Command::at(node, "SCRIPT", arguments)).await;
         loaded.map(|_| ()).map_err(Fault::before_the_write)
     }
 }

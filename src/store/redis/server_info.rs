@@ -1,0 +1,77 @@
+//! What Redis says of itself, in its answer to `INFO`.
+
+use std::collections::HashMap;
+
+/// What Redis says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerInfo {
+    /// Another one after every start of a server; of a cluster those of all its
+    /// primaries.
+    pub run_id: String,
+    /// Whether it throws keys away when its memory is full: the first policy
+    /// other than `noeviction`, if there is one.
+    pub maxmemory_policy: String,
+    /// Whether it is no replica; of a cluster, whether none is.
+    pub is_primary: bool,
+}
+
+// === impl ServerInfo ===
+
+impl ServerInfo {
+    /// From the reply to `INFO`.
+    pub fn parse(info: &str) -> Option<Self> {
+        let fields: HashMap<&str, &str> = info
+            .lines()
+            .filter_map(|line| line.trim().split_once(':'))
+            .collect();
+        Some(Self {
+            run_id: (*fields.get("run_id")?).to_owned(),
+            maxmemory_policy: fields
+                .get("maxmemory_policy")
+                .copied()
+                .unwrap_or_default()
+                .to_owned(),
+            is_primary: fields.get("role") == Some(&"master"),
+        })
+    }
+
+    /// Of several servers as one, whatever their order.
+    pub fn join(mut servers: Vec<Self>) -> Self {
+        servers.sort_by(|a, b| a.run_id.cmp(&b.run_id));
+        let run_ids: Vec<_> = servers
+            .iter()
+            .map(|server| server.run_id.as_str())
+            .collect();
+        let policies = servers
+            .iter()
+            .map(|server| server.maxmemory_policy.as_str());
+        let worst = policies.max_by_key(|policy| *policy != "noeviction");
+        Self {
+            run_id: run_ids.join(","),
+            maxmemory_policy: worst.unwrap_or_default().to_owned(),
+            is_primary: servers.iter().all(|server| server.is_primary),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn several_servers_are_one_whatever_their_order() {
+        let server = |run_id: &str, policy: &str| {
+            let info = format!(
+                "# Server\r\nrun_id:{run_id}\r\nmaxmemory_policy:{policy}\r\nrole:master\r\n"
+            );
+            ServerInfo::parse(&info).unwrap()
+        };
+        let (a, b) = (server("a", "noeviction"), server("b", "allkeys-lru"));
+        let joined = ServerInfo::join(vec![b.clone(), a.clone()]);
+        assert_eq!(joined, ServerInfo::join(vec![a.clone(), b]));
+        assert_eq!(joined.run_id, "a,b");
+        assert_eq!(joined.maxmemory_policy, "allkeys-lru");
+        assert_eq!(ServerInfo::join(vec![a.clone()]), a);
+        assert_eq!(ServerInfo::parse("nothing"), None);
+    }
+}
