@@ -129,8 +129,11 @@ impl<'a> KeyModel<'a> {
                 let mut side = std::mem::take(&mut self.redis);
                 self.answered(&mut side, call, flaws);
                 self.redis = side;
-                self.unanswered = false;
-                self.merged = false;
+                // A Delete that found another version has not shown what is there.
+                if !matches!(call.reply, Reply::NotDeleted { version: 1.., .. }) {
+                    self.unanswered = false;
+                    self.merged = false;
+                }
                 // What a lost race shows need not be remembered.
                 self.cold &= !(call.changed() || call.request == Request::Load);
             }
@@ -241,8 +244,12 @@ impl<'a> KeyModel<'a> {
         }
         match memory.dirty {
             Dirty::No => {}
-            Dirty::Yes if !self.unanswered => self.redis = memory.side,
-            Dirty::Yes | Dirty::Maybe => {
+            Dirty::Yes => {
+                self.redis = memory.side;
+                // What a failed write has left in Redis may be merged in.
+                self.merged = self.unanswered;
+            }
+            Dirty::Maybe => {
                 self.redis.extend(memory.side);
                 self.merged = true;
             }

@@ -99,6 +99,54 @@ fn a_failed_write_happened_or_did_not() {
     }
 }
 
+/// What Redis executed and could not answer is merged with what memory has done
+/// since. A Delete that is refused on the way tells nothing of that.
+#[test]
+fn a_failed_write_may_return_by_a_merge_also_after_a_refused_delete() {
+    let refused = |story: Story| {
+        let request = Request::Delete { expected: Some(30) };
+        let reply = Reply::NotDeleted {
+            backend: Redis,
+            version: 40,
+        };
+        story.call(KEY, request, reply)
+    };
+    let story = || {
+        let story = Story::new(Reconcile).stored(Redis, 10).unknown(20).opens();
+        refused(story.stored(Memory, 30).closes(0))
+    };
+    let loaded = |stamps: &[u64]| {
+        let mut found = content(30);
+        found.alerts = stamps
+            .iter()
+            .flat_map(|stamp| content(*stamp).alerts)
+            .collect();
+        let found = Some(Found {
+            content: found,
+            version: 40,
+        });
+        let reply = Reply::Shown {
+            backend: Redis,
+            found,
+        };
+        story().call(KEY, Request::Load, reply)
+    };
+    loaded(&[30]).stored(Redis, 50).ends_with(Some(50)).holds();
+    loaded(&[20, 30])
+        .stored(Redis, 50)
+        .ends_with(Some(50))
+        .holds();
+    // Not without what memory has acknowledged, nor with what nobody asked for.
+    loaded(&[20])
+        .stored(Redis, 50)
+        .ends_with(Some(50))
+        .has(&["never written"]);
+    loaded(&[30, 99])
+        .stored(Redis, 50)
+        .ends_with(Some(50))
+        .has(&["never written"]);
+}
+
 #[test]
 fn what_a_redis_without_a_disk_loses_is_lost_to_discard_and_healed_by_reconcile() {
     let story = |policy| Story::new(policy).stored(Redis, 10).kill();
