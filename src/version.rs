@@ -252,6 +252,19 @@ mod tests {
         }
     }
 
+    /// Versions of two instances that write one group in the same moment are drawn
+    /// from 8 times 4,096.
+    #[test]
+    fn two_instances_hardly_ever_issue_the_same_version() {
+        let meet = |_: &u32| {
+            let (one, other) = (MemoryVersions::new(), MemoryVersions::new());
+            one.next(None, 1_000_000) == other.next(None, 1_000_000)
+        };
+        // 0.6 are expected; more than 8 in one of 50,000,000 runs.
+        let met = (0..20_000).filter(meet).count();
+        assert!(met <= 8, "{met}");
+    }
+
     #[test]
     fn memory_versions_do_not_outrun_the_clock() {
         let versions = MemoryVersions::new();

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use super::{
     Backend, Deadline, Deletion, Failure, KeyPage, Reply, StoreError,
-    documents::{DocumentStore, ReadAll, StoredDocument, Write, WriteOutcome},
+    documents::{Condition, DocumentStore, ReadAll, StoredDocument, Write, WriteOutcome},
     memory::{MemoryStore, Refused, Shown, Ticket},
     recovery::Recovery,
     redis::{Cause, NotDone, RedisStore, Trail, pipelines},
@@ -209,6 +209,11 @@ impl Failover {
         loop {
             let turn = self.turn(std::iter::once(key), &mut time).await;
             if let Some(turn) = turn.map_err(|failure| unless_lost(failure, trail))? {
+                if write.condition == Condition::Absent
+                    && self.would_overwrite_lost(key, turn, &mut time).await
+                {
+                    continue;
+                }
                 let call = self.redis.write_document(write, time.deadline(), trail);
                 match self.ask(turn.period, &time, call).await {
                     Ok(outcome) => {
@@ -241,6 +246,24 @@ impl Failover {
         }
     }
 
+    /// Whether a group is to be created that Redis has lost: it would tell nobody
+    /// that there was one.
+    async fn would_overwrite_lost(
+        &self,
+        key: &GroupKey,
+        turn: RedisTurn,
+        time: &mut CallTime,
+    ) -> bool {
+        if !self.may_be_lost(key, turn) {
+            return false;
+        }
+        time.was_held_up = true;
+        let read = self.redis.read_document(key, false, time.deadline());
+        // What fails here fails again when it is written.
+        let absent = matches!(self.ask(turn.period, time, read).await, Ok(None));
+        absent && self.has_lost(key, turn, time).await
+    }
+
     /// Takes in what a write has shown of its key.
     fn learn_write(&self, write: &Write, outcome: &WriteOutcome, ticket: Ticket) {
         let key = write.head.key();
@@ -255,9 +278,7 @@ impl Failover {
     /// held. Only then is the mirror right and Redis wrong; otherwise somebody
     /// else has deleted the group.
     async fn has_lost(&self, key: &GroupKey, turn: RedisTurn, time: &CallTime) -> bool {
-        if self.switch.on_recovery() == OnRecovery::Discard
-            || !self.memory.contradicts_absence(key, turn.ticket)
-        {
+        if !self.may_be_lost(key, turn) {
             return false;
         }
         let look = self.recovery.server_has_changed(turn.ticket);
@@ -266,6 +287,12 @@ impl Failover {
             looked = tokio::time::timeout_at(time.end, look) => looked.unwrap_or(true),
             () = self.switch.leaves(turn.period) => true,
         }
+    }
+
+    /// Whether an absent group is worth a look: the mirror knows of one.
+    fn may_be_lost(&self, key: &GroupKey, turn: RedisTurn) -> bool {
+        self.switch.on_recovery() == OnRecovery::Reconcile
+            && self.memory.contradicts_absence(key, turn.ticket)
     }
 
     /// Reads a document from Redis, and when it expires, unless neither the
@@ -288,8 +315,15 @@ impl Failover {
         Ok((found, true))
     }
 
-    /// Waits until Redis knows of every change that was made here.
+    /// Waits until Redis knows of every change that was made here, and of what it
+    /// has lost.
     async fn all_carried(&self, time: &CallTime) -> Result<(), Failure> {
+        if self.switch.on_recovery() == OnRecovery::Reconcile {
+            // A Redis that has come back empty a moment ago must not pass for one
+            // that holds no groups. Where it cannot say, the listing will fail.
+            let look = self.recovery.server_has_changed(self.memory.ticket());
+            let _ = tokio::time::timeout_at(time.end, look).await;
+        }
         let end = time
             .deadline
             .or_within(Self::LISTING_WAIT)
@@ -367,6 +401,10 @@ impl DocumentStore for Failover {
                     .remove_document(key, expected, time.deadline(), &trail);
                 match self.ask(turn.period, &time, call).await {
                     Ok(deletion) => {
+                        let absent = !deletion.deleted && deletion.version.is_none();
+                        if absent && self.has_lost(key, turn, &time).await {
+                            continue;
+                        }
                         let shown = match deletion {
                             Deletion {
                                 deleted: true,

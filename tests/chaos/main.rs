@@ -59,7 +59,7 @@ const FIXED: [(u64, Policy); 8] = [
     (3740, Policy::Reconcile),
     (310, Policy::Discard),
     // It also showed a Redis that came back empty and was taken for one that had
-    // kept its data.
+    // kept its data, and a Delete that believed it.
     (3954, Policy::Reconcile),
     (3359, Policy::Discard),
     // And this one a version that went back with a recovery.

@@ -192,6 +192,29 @@ async fn a_redis_that_is_replaced_in_a_moment_gets_its_groups_back() {
     }
 }
 
+/// Neither a Delete nor a listing nor who creates a group may believe it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_is_replaced_in_a_moment_does_not_pass_for_empty() {
+    let mut scene = Scene::new(RECONCILE).await;
+    scene.store("k", &["a"]).await;
+    for round in 0..5 {
+        let key = format!("k/{round}");
+        scene.store(&key, &["a"]).await;
+        scene.redis.restart().await;
+        assert!(scene.delete(&key).await.deleted, "{round}");
+        scene.wait_until_back().await;
+        assert!(scene.load(&key).await.is_err(), "{round}");
+        scene.redis.restart().await;
+        let size = scene.client.size(pb::SizeRequest::default()).await;
+        assert_eq!(size.unwrap().into_inner().count, 1, "{round}");
+        scene.wait_until_back().await;
+        scene.redis.restart().await;
+        let created = swap(&mut scene.client, "k", &["b"], 0).await;
+        assert!(!created.swapped, "{round}");
+        scene.wait_until_back().await;
+    }
+}
+
 /// Redis has kept its data, so a group that is not there was deleted.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_group_that_another_instance_has_deleted_does_not_come_back() {
