@@ -96,14 +96,20 @@ impl BringBack {
                 return;
             };
             let goes_on = || self.switch.redis_period() == Some(period);
-            if let Some(reason) = self.carry_all(goes_on).await {
-                self.switch.fails(period, &reason);
-            }
-            self.fill(goes_on).await;
-            if goes_on() {
-                self.filled.store(period, Ordering::SeqCst);
-            }
+            let bring_back = async {
+                if let Some(reason) = self.carry_all(goes_on).await {
+                    self.switch.fails(period, &reason);
+                }
+                self.fill(goes_on).await;
+                if goes_on() {
+                    self.filled.store(period, Ordering::SeqCst);
+                }
+                std::future::pending().await
+            };
+            // Another process has to be told of everything before anything is
+            // read from it, so what is under way ends.
             tokio::select! {
+                () = bring_back => {}
                 () = self.switch.leaves(period) => {}
                 () = self.again.notified() => {}
             }

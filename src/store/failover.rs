@@ -136,18 +136,24 @@ impl Failover {
         time: &mut CallTime,
     ) -> Result<Option<RedisTurn>, Failure> {
         time.take_turn()?;
+        let keys: Vec<_> = keys.collect();
         let Some(period) = self.switch.redis_period() else {
             return Ok(None);
         };
-        let pending: Vec<_> = keys.filter(|key| self.memory.is_pending(key)).collect();
-        if !pending.is_empty() {
-            let carry = join_all(
-                pending
-                    .into_iter()
-                    .map(|key| self.recovery.bring_back().carry(key)),
-            );
+        loop {
+            // Drawn first: another Redis process that is met after this is another
+            // epoch, and then the answer is looked at again.
+            let ticket = self.memory.ticket();
+            let pending: Vec<_> = keys
+                .iter()
+                .filter(|key| self.memory.is_pending(key))
+                .map(|key| self.recovery.bring_back().carry(key))
+                .collect();
+            if pending.is_empty() {
+                return Ok(Some(RedisTurn { period, ticket }));
+            }
             let carried = async {
-                let results = tokio::time::timeout_at(time.end, carry).await;
+                let results = tokio::time::timeout_at(time.end, join_all(pending)).await;
                 let results = results.map_err(|_| NotDone {
                     error: StoreError::DeadlineExceeded,
                     cause: Cause::ShortOfTime,
@@ -162,10 +168,6 @@ impl Failover {
                 Err(Diverted::ToMemory) => return Ok(None),
             }
         }
-        Ok(Some(RedisTurn {
-            period,
-            ticket: self.memory.ticket(),
-        }))
     }
 
     /// Awaits an answer of Redis for as long as it is Redis's turn.

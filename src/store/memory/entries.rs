@@ -105,6 +105,18 @@ pub enum Pending {
     },
 }
 
+impl Shown {
+    /// Whether less is shown than this version.
+    fn is_older_than(&self, known: Version) -> bool {
+        match self {
+            Self::Document { version, .. } => *version < known,
+            Self::Absent => true,
+            // A call that deletes has told Redis first.
+            Self::Deleted(_) => false,
+        }
+    }
+}
+
 /// There is no room, and nothing that may leave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Full {
@@ -291,6 +303,11 @@ impl Entries {
         let known = match self.by_key.get(key).map(|entry| (entry, &entry.standing)) {
             // What was changed here has to be told to Redis first.
             Some((_, Standing::Dirty(_))) => return false,
+            // And so has what it may have lost: there may be an older one already,
+            // which another instance has put back.
+            Some((entry, _)) if self.pending_entry(entry) && shown.is_older_than(entry.version) => {
+                return false;
+            }
             Some((entry, Standing::Clean { epoch, seen }))
                 if !matches!(entry.content, Content::Unknown) =>
             {

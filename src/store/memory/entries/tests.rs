@@ -66,6 +66,24 @@ fn an_answer_of_a_server_that_has_lost_its_data_is_unsure() {
     assert!(entries.is_pending(&key("k"), now));
 }
 
+/// Another instance may have put back an older one by then.
+#[test]
+fn what_redis_may_have_lost_is_not_replaced_by_less_before_it_was_offered() {
+    let (mut entries, now) = entries(1 << 20);
+    let ticket = entries.ticket(now);
+    entries.learn(&key("k"), shown(32, None), ticket, now);
+    entries.begin_epoch(Server::LostData);
+    let ticket = entries.ticket(now + SECOND);
+    entries.learn(&key("k"), shown(16, None), ticket, now);
+    entries.learn(&key("k"), Shown::Absent, ticket, now);
+    assert_eq!(version_at(&entries, "k", now), Some(32));
+    assert!(entries.is_pending(&key("k"), now));
+    // One that is newer was written since.
+    entries.learn(&key("k"), shown(48, None), ticket, now);
+    assert_eq!(version_at(&entries, "k", now), Some(48));
+    assert!(!entries.is_pending(&key("k"), now));
+}
+
 #[test]
 fn a_late_answer_does_not_bring_back_what_was_deleted() {
     let (mut entries, now) = entries(1 << 20);
