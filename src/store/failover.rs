@@ -219,7 +219,11 @@ impl Failover {
                 let call = self.redis.write_document(write, time.deadline(), trail);
                 match self.ask(turn.period, &time, call).await {
                     Ok(outcome) => {
-                        if is_absent(&outcome) && self.has_lost(key, turn, &time).await {
+                        if let WriteOutcome::Conflict { current } = &outcome
+                            && self
+                                .has_lost(key, version_of(current.as_ref()), turn, &time)
+                                .await
+                        {
                             continue;
                         }
                         self.learn_write(write, &outcome, turn.ticket);
@@ -256,14 +260,14 @@ impl Failover {
         turn: RedisTurn,
         time: &mut CallTime,
     ) -> bool {
-        if !self.may_be_lost(key, turn) {
+        if !self.may_be_lost(key, None, turn) {
             return false;
         }
         time.was_held_up = true;
         let read = self.redis.read_document(key, false, time.deadline());
         // What fails here fails again when it is written.
         let absent = matches!(self.ask(turn.period, time, read).await, Ok(None));
-        absent && self.has_lost(key, turn, time).await
+        absent && self.has_lost(key, None, turn, time).await
     }
 
     /// Takes in what a write has shown of its key.
@@ -276,11 +280,17 @@ impl Failover {
         self.memory.learn(key, shown, ticket);
     }
 
-    /// Whether Redis, which says that it holds nothing at a key, has lost what it
-    /// held. Only then is the mirror right and Redis wrong; otherwise somebody
-    /// else has deleted the group.
-    async fn has_lost(&self, key: &GroupKey, turn: RedisTurn, time: &CallTime) -> bool {
-        if !self.may_be_lost(key, turn) {
+    /// Whether Redis, which shows this version of a group or None, has lost a newer
+    /// one. Only then is the mirror right and Redis wrong; otherwise somebody else
+    /// has deleted the group.
+    async fn has_lost(
+        &self,
+        key: &GroupKey,
+        shown: Option<Version>,
+        turn: RedisTurn,
+        time: &CallTime,
+    ) -> bool {
+        if !self.may_be_lost(key, shown, turn) {
             return false;
         }
         let look = self.recovery.server_has_changed(turn.ticket);
@@ -291,10 +301,10 @@ impl Failover {
         }
     }
 
-    /// Whether an absent group is worth a look: the mirror knows of one.
-    fn may_be_lost(&self, key: &GroupKey, turn: RedisTurn) -> bool {
+    /// Whether it is worth a look: the mirror knows of a newer version.
+    fn may_be_lost(&self, key: &GroupKey, shown: Option<Version>, turn: RedisTurn) -> bool {
         self.switch.on_recovery() == OnRecovery::Reconcile
-            && self.memory.contradicts_absence(key, turn.ticket)
+            && self.memory.contradicts(key, shown, turn.ticket)
     }
 
     /// Reads a document from Redis, and when it expires, unless neither the
@@ -367,8 +377,11 @@ impl DocumentStore for Failover {
         while let Some(turn) = self.turn(std::iter::once(key), &mut time).await? {
             let call = self.read_in_redis(key, with_expiry, time.deadline());
             match self.ask(turn.period, &time, call).await {
-                Ok((None, _)) if self.has_lost(key, turn, &time).await => {}
                 Ok((found, with_expiry)) => {
+                    let shown = version_of(found.as_ref());
+                    if self.has_lost(key, shown, turn, &time).await {
+                        continue;
+                    }
                     if found.is_none() || with_expiry {
                         let shown = Shown::by_read(found.as_ref());
                         self.memory.learn(key, shown, turn.ticket);
@@ -403,8 +416,7 @@ impl DocumentStore for Failover {
                     .remove_document(key, expected, time.deadline(), &trail);
                 match self.ask(turn.period, &time, call).await {
                     Ok(deletion) => {
-                        let absent = !deletion.deleted && deletion.version.is_none();
-                        if absent && self.has_lost(key, turn, &time).await {
+                        if self.has_lost(key, deletion.version, turn, &time).await {
                             continue;
                         }
                         let shown = match deletion {
@@ -636,7 +648,7 @@ fn outcome_unknown() -> Failure {
     Backend::Redis.fails(StoreError::OutcomeUnknown)
 }
 
-/// Whether a write found nothing where something was expected.
-fn is_absent(outcome: &WriteOutcome) -> bool {
-    matches!(outcome, WriteOutcome::Conflict { current: None })
+/// The version of what Redis has shown.
+fn version_of(found: Option<&StoredDocument>) -> Option<Version> {
+    found.and_then(|found| found.document.version())
 }

@@ -381,12 +381,19 @@ impl Entries {
         }
     }
 
-    /// Whether a live group at this key was learned before `ticket` was drawn,
-    /// so that an answer "absent" to that call contradicts it.
-    pub fn contradicts_absence(&self, key: &GroupKey, ticket: Ticket, now: Instant) -> bool {
-        self.get(key.as_str(), now).is_some_and(
-            |entry| matches!(entry.standing, Standing::Clean { seen, .. } if seen < ticket.sent),
-        )
+    /// Whether an answer of Redis that shows this version, or None, contradicts
+    /// what was learned of a live group before `ticket` was drawn.
+    pub fn contradicts(
+        &self,
+        key: &GroupKey,
+        shown: Option<Version>,
+        ticket: Ticket,
+        now: Instant,
+    ) -> bool {
+        self.get(key.as_str(), now).is_some_and(|entry| {
+            shown < Some(entry.version)
+                && matches!(entry.standing, Standing::Clean { seen, .. } if seen < ticket.sent)
+        })
     }
 
     /// The version of the clean group at a key, if it was learned in this epoch.

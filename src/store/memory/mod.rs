@@ -251,12 +251,11 @@ impl MemoryStore {
         held.entries.known_version(key, Instant::now())
     }
 
-    /// Whether Redis held a group at this key when `ticket` was drawn, as far
-    /// as is known here.
-    pub fn contradicts_absence(&self, key: &GroupKey, ticket: Ticket) -> bool {
+    /// Whether Redis, which shows this version or None, held a newer one when
+    /// `ticket` was drawn, as far as is known here.
+    pub fn contradicts(&self, key: &GroupKey, shown: Option<Version>, ticket: Ticket) -> bool {
         let held = self.shared.lock();
-        held.entries
-            .contradicts_absence(key, ticket, Instant::now())
+        held.entries.contradicts(key, shown, ticket, Instant::now())
     }
 
     /// Whether Redis has to be told of a key before it is asked.

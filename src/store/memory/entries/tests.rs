@@ -109,7 +109,9 @@ fn an_absence_counts_only_for_what_was_learned_before_the_call() {
     entries.learn(&key("k"), Shown::Absent, early, later);
     assert_eq!(version_at(&entries, "k", later), Some(16));
     let ticket = entries.ticket(later + SECOND);
-    assert!(entries.contradicts_absence(&key("k"), ticket, later + SECOND));
+    let contradicts = |shown| entries.contradicts(&key("k"), shown, ticket, later + SECOND);
+    assert!(contradicts(None) && contradicts(Some(version(15))));
+    assert!(!contradicts(Some(version(16))));
     entries.learn(&key("k"), Shown::Absent, ticket, later + SECOND);
     assert_eq!(version_at(&entries, "k", later), None);
 }
