@@ -390,9 +390,11 @@ impl Entries {
         ticket: Ticket,
         now: Instant,
     ) -> bool {
+        // What was put back in a new epoch was learned before it, too.
+        let learned_before = |seen: Instant| seen < ticket.sent || !self.is_current(ticket);
         self.get(key.as_str(), now).is_some_and(|entry| {
             shown < Some(entry.version)
-                && matches!(entry.standing, Standing::Clean { seen, .. } if seen < ticket.sent)
+                && matches!(entry.standing, Standing::Clean { seen, .. } if learned_before(seen))
         })
     }
 

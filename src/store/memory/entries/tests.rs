@@ -70,8 +70,8 @@ fn an_answer_of_a_server_that_has_lost_its_data_is_unsure() {
 #[test]
 fn what_redis_may_have_lost_is_not_replaced_by_less_before_it_was_offered() {
     let (mut entries, now) = entries(1 << 20);
-    let ticket = entries.ticket(now);
-    entries.learn(&key("k"), shown(32, None), ticket, now);
+    let before = entries.ticket(now);
+    entries.learn(&key("k"), shown(32, None), before, now);
     entries.begin_epoch(Server::LostData);
     let ticket = entries.ticket(now + SECOND);
     entries.learn(&key("k"), shown(16, None), ticket, now);
@@ -82,6 +82,20 @@ fn what_redis_may_have_lost_is_not_replaced_by_less_before_it_was_offered() {
     entries.learn(&key("k"), shown(48, None), ticket, now);
     assert_eq!(version_at(&entries, "k", now), Some(48));
     assert!(!entries.is_pending(&key("k"), now));
+}
+
+/// While the answer was under way to a call that was sent before.
+#[test]
+fn what_was_put_back_contradicts_an_answer_of_the_epoch_before() {
+    let (mut entries, now) = entries(1 << 20);
+    let before = entries.ticket(now);
+    entries.learn(&key("k"), shown(32, None), before, now);
+    entries.begin_epoch(Server::LostData);
+    let later = now + SECOND;
+    let ticket = entries.ticket(now);
+    entries.offered(&key("k"), version(32), true, later);
+    assert!(entries.contradicts(&key("k"), None, before, later));
+    assert!(!entries.contradicts(&key("k"), None, ticket, later));
 }
 
 #[test]
