@@ -148,10 +148,16 @@ async fn stalls_of_300_ms_do_not_open_it() {
 async fn a_thousand_calls_in_a_hurry_do_not_open_it() {
     let mut scene = Scene::new(&[]).await;
     scene.store("k", &["a"]).await;
+    // HTTP/2 servers end a connection on which many calls are cancelled before they
+    // were seen, so that few of them share one.
+    let mut connections = Vec::new();
+    for _ in 0..100 {
+        connections.push(scene.service.client().await);
+    }
     // No call can be answered in its time.
     scene.proxy.delay(Duration::from_millis(20));
     let calls = (0..1_000).map(|i| {
-        let mut client = scene.client.clone();
+        let mut client = connections[i % connections.len()].clone();
         async move {
             let mut load = Request::new(pb::LoadRequest {
                 key: "k".into(),
@@ -165,22 +171,16 @@ async fn a_thousand_calls_in_a_hurry_do_not_open_it() {
             store.set_timeout(Duration::from_millis(1));
             if i % 2 == 0 {
                 // Memory may know it.
-                let loaded = client.load(load).await;
-                loaded.map_or_else(|status| status.code(), |_| Code::Ok)
+                client.load(load).await.err()
             } else {
-                client.store(store).await.unwrap_err().code()
+                Some(client.store(store).await.unwrap_err())
             }
         }
     });
-    for code in join_all(calls).await {
+    for status in join_all(calls).await.into_iter().flatten() {
         // The client's own clock may be the first to say so.
-        let in_a_hurry = [
-            Code::Ok,
-            Code::DeadlineExceeded,
-            Code::Aborted,
-            Code::Cancelled,
-        ];
-        assert!(in_a_hurry.contains(&code), "{code:?}");
+        let in_a_hurry = [Code::DeadlineExceeded, Code::Aborted, Code::Cancelled];
+        assert!(in_a_hurry.contains(&status.code()), "{status:?}");
     }
     assert_eq!(scene.service.health().await["switch"]["state"], "closed");
     assert_eq!(scene.service.metric("storage_recovery_total").await, 0.0);
