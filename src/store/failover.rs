@@ -330,16 +330,22 @@ impl Failover {
     /// Waits until Redis knows of every change that was made here, and of what it
     /// has lost.
     async fn all_carried(&self, time: &CallTime) -> Result<(), Failure> {
-        if self.switch.on_recovery() == OnRecovery::Reconcile {
-            // A Redis that has come back empty a moment ago must not pass for one
-            // that holds no groups. Where it cannot say, the listing will fail.
-            let look = self.recovery.server_has_changed(self.memory.ticket());
-            let _ = tokio::time::timeout_at(time.end, look).await;
-        }
         let end = time
             .deadline
             .or_within(Self::LISTING_WAIT)
             .min(Instant::now() + Self::LISTING_WAIT);
+        // A Redis that has come back empty a moment ago must not pass for one that
+        // holds no groups: it has to say that it is the one we know.
+        while self.switch.on_recovery() == OnRecovery::Reconcile
+            && self.switch.redis_period().is_some()
+            && Instant::now() < end
+        {
+            let look = self.recovery.server_has_changed(self.memory.ticket());
+            if tokio::time::timeout_at(end, look).await == Ok(false) {
+                break;
+            }
+            tokio::time::sleep(Self::LISTING_POLL).await;
+        }
         while self.switch.redis_period().is_some() && self.memory.may_be_pending() {
             if Instant::now() >= end {
                 return Err(Backend::Redis.fails(StoreError::Unavailable(
