@@ -13,8 +13,9 @@ use thiserror::Error;
 use crate::version::{InstanceId, Version};
 
 mod merge;
+mod state;
 
-pub use merge::Merged;
+pub use {merge::Merged, state::Counts};
 
 /// A group of alerts under one key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

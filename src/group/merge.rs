@@ -54,7 +54,10 @@ use std::{
     collections::{BTreeMap, btree_map::Entry},
 };
 
-use super::{Alert, AlertGroup, AlertStatus, GroupMetadata, GroupState, Time, TimerMetadata};
+use super::{
+    Alert, AlertGroup, GroupMetadata, Time, TimerMetadata,
+    state::{Counts, saturated},
+};
 
 /// What came of merging two states of a group.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -135,7 +138,7 @@ impl Alert {
     }
 
     /// When this alert ended, as far as it is known; of a resolved one.
-    fn end(&self) -> Option<Time> {
+    pub(super) fn end(&self) -> Option<Time> {
         self.ends_at.or(self.timestamp)
     }
 }
@@ -179,24 +182,12 @@ impl Union {
 
 /// No `..` in the result: whoever adds a field has to say how it is merged.
 fn merge_metadata(left: GroupMetadata, right: GroupMetadata, union: &Union) -> GroupMetadata {
-    let firing = union
-        .alerts
-        .values()
-        .filter(|alert| alert.status == AlertStatus::Firing)
-        .count();
-    let resolved = union.alerts.len() - firing;
-
+    let counts = Counts::of(&union.alerts);
     let left_says = (left.updated_at, left.state, left.resolved_at);
     let right_says = (right.updated_at, right.state, right.resolved_at);
     let (updated_at, last_state, last_resolved_at) = left_says.max(right_says);
-    let state = match (last_state, firing, resolved) {
-        (GroupState::Silenced, _, _) => GroupState::Silenced,
-        (last, 0, 0) => last,
-        (_, _, 0) => GroupState::Firing,
-        (_, 0, _) => GroupState::Resolved,
-        (_, _, _) => GroupState::Mixed,
-    };
-    let resolved_at = match (firing, resolved) {
+    let state = counts.state(last_state);
+    let resolved_at = match (counts.firing, counts.resolved) {
         (0, 0) => last_resolved_at,
         (0, _) => {
             let ends = union.alerts.values().filter_map(Alert::end);
@@ -213,8 +204,8 @@ fn merge_metadata(left: GroupMetadata, right: GroupMetadata, union: &Union) -> G
         updated_at,
         first_firing_at: earlier_known(left.first_firing_at, right.first_firing_at),
         resolved_at,
-        firing_count: saturated(firing),
-        resolved_count: saturated(resolved),
+        firing_count: saturated(counts.firing),
+        resolved_count: saturated(counts.resolved),
         group_by: left.group_by.max(right.group_by),
         group_wait_timer: greater_timer(left.group_wait_timer, right.group_wait_timer),
         group_interval_timer: greater_timer(left.group_interval_timer, right.group_interval_timer),
@@ -254,10 +245,6 @@ fn timer_order(left: &TimerMetadata, right: &TimerMetadata) -> Ordering {
         (*last_reset_at, *version, *reset_count, created_by, lock_id)
     }
     rank(left).cmp(&rank(right))
-}
-
-fn saturated(count: usize) -> i32 {
-    i32::try_from(count).unwrap_or(i32::MAX)
 }
 
 #[cfg(test)]

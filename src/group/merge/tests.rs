@@ -1,7 +1,10 @@
 //! Examples that read as stories, then properties.
 
 use super::*;
-use crate::{group::GroupKey, version::Version};
+use crate::{
+    group::{AlertStatus, GroupKey, GroupState},
+    version::Version,
+};
 use proptest::prelude::*;
 
 const FINGERPRINTS: [&str; 3] = ["cpu", "disk", "net"];
