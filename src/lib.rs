@@ -22,6 +22,7 @@ pub mod config;
 pub mod document;
 pub mod group;
 pub mod grpc;
+pub mod manager;
 pub mod server;
 pub mod store;
 pub mod telemetry;

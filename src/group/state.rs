@@ -258,7 +258,10 @@ mod tests {
         group.add_reports(&[firing("b", 20, 21)], at(21));
         assert_eq!(group.metadata.state, GroupState::Silenced);
         assert_eq!(group.metadata.firing_count, 2);
-        assert!(!group.lift_silence(at(20)), "decided before the last change");
+        assert!(
+            !group.lift_silence(at(20)),
+            "decided before the last change"
+        );
         assert!(group.lift_silence(at(22)));
         assert_eq!(group.metadata.state, GroupState::Firing);
     }

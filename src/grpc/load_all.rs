@@ -13,7 +13,7 @@ use tonic::Status;
 
 use super::{call::CallContext, convert, proto as pb, status::CallError};
 use crate::{
-    store::{Answer, Backend, Deadline, LoadAll},
+    store::{Answer, Backend, Deadline, LoadAll, StoreError},
     telemetry::CallResult,
 };
 
@@ -133,17 +133,14 @@ async fn send_all(
     messages: mpsc::Sender<Result<pb::LoadAllResponse, Status>>,
     deadline: Deadline,
 ) -> Result<pb::LoadAllSummary, SendError> {
-    let mut batches = answer.value.batches;
+    let mut batches = answer.value;
     let mut sender = LoadAllSender {
         messages,
         backend: answer.backend,
         message: pb::LoadAllResponse::default(),
         bytes: 0,
         last_sent: Instant::now(),
-        summary: pb::LoadAllSummary {
-            complete: answer.value.complete,
-            ..pb::LoadAllSummary::default()
-        },
+        summary: pb::LoadAllSummary::default(),
     };
     let send = async {
         while let Some(batch) = batches.next().await {
@@ -155,13 +152,19 @@ async fn send_all(
                 let error = CallError::from(problem.error).into_group_error(problem.key);
                 sender.problem(error).await?;
             }
+            if let Some(complete) = batch.complete {
+                sender.summary.complete = complete;
+                sender.message.summary = Some(sender.summary);
+                sender.send().await?;
+                return Ok(sender.summary);
+            }
             if sender.bytes > 0 || sender.last_sent.elapsed() > LoadAllSender::SIGN_OF_LIFE {
                 sender.send().await?;
             }
         }
-        sender.message.summary = Some(sender.summary);
-        sender.send().await?;
-        Ok(sender.summary)
+        Err(SendError::Call(CallError::from(StoreError::Bug(
+            "a LoadAll ended without saying whether it is complete".into(),
+        ))))
     };
     match deadline.instant() {
         Some(deadline) => tokio::time::timeout_at(deadline, send)

@@ -7,11 +7,11 @@
 //! [`status`] turns whatever went wrong into a status.
 
 pub mod call;
-mod convert;
+pub(crate) mod convert;
 pub mod envelope;
 mod load_all;
 pub mod service;
-mod status;
+pub(crate) mod status;
 pub mod validation;
 
 /// The generated messages, server and client.

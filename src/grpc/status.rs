@@ -8,11 +8,11 @@ use tonic_types::{ErrorDetails, StatusExt};
 
 use super::proto::{self as pb, ErrorReason};
 use crate::{
-    store::{Backend, StoreError},
+    store::{Backend, ErrorKind, StoreError},
     telemetry::{CallResult, Limit, seldom},
 };
 
-const DOMAIN: &str = "groupstate";
+pub const DOMAIN: &str = "groupstate";
 
 /// An error as the caller will see it.
 #[derive(Clone, Debug)]
@@ -155,6 +155,11 @@ impl CallError {
         self
     }
 
+    /// What went wrong, for a person.
+    pub fn into_message(self) -> String {
+        self.message
+    }
+
     /// What it counts as.
     pub fn result(&self) -> CallResult {
         result_of(self.reason)
@@ -204,45 +209,76 @@ impl CallError {
 
 impl From<StoreError> for CallError {
     fn from(error: StoreError) -> Self {
-        let (code, reason) = match &error {
-            StoreError::Unreadable(_) | StoreError::NotAGroupKey(_) => {
-                (Code::DataLoss, ErrorReason::UnreadableDocument)
-            }
-            StoreError::ForeignType => (Code::FailedPrecondition, ErrorReason::ForeignType),
-            StoreError::VersionOutOfRange(_) => {
+        let field = match &error {
+            StoreError::InvalidPageToken(_) => Some("page_token"),
+            StoreError::DocumentTooLarge { .. } => Some("group"),
+            _ => None,
+        };
+        if let Some(field) = field {
+            return Self::invalid(vec![(field.into(), error.to_string())]);
+        }
+        let (code, reason) = match error.kind() {
+            ErrorKind::Invalid => (Code::InvalidArgument, ErrorReason::InvalidField),
+            ErrorKind::TooLarge => (Code::ResourceExhausted, ErrorReason::MessageTooLarge),
+            ErrorKind::Unreadable => (Code::DataLoss, ErrorReason::UnreadableDocument),
+            ErrorKind::ForeignType => (Code::FailedPrecondition, ErrorReason::ForeignType),
+            ErrorKind::VersionOutOfRange => {
                 (Code::FailedPrecondition, ErrorReason::VersionOutOfRange)
             }
-            StoreError::OutcomeUnknown => (Code::Aborted, ErrorReason::OutcomeUnknown),
-            StoreError::ListingRestarted => (Code::Aborted, ErrorReason::ListingRestarted),
-            StoreError::InvalidPageToken(_) => {
-                return Self::invalid(vec![("page_token".into(), error.to_string())]);
-            }
-            StoreError::DocumentTooLarge { .. } => {
-                return Self::invalid(vec![("group".into(), error.to_string())]);
-            }
-            StoreError::StoredValueTooLarge { .. } => {
-                (Code::ResourceExhausted, ErrorReason::MessageTooLarge)
-            }
-            StoreError::DeadlineExceeded => return Self::deadline_exceeded(),
-            StoreError::MemoryFull { .. } => (Code::ResourceExhausted, ErrorReason::MemoryFull),
-            StoreError::Unavailable(_) => (Code::Unavailable, ErrorReason::Unavailable),
-            StoreError::Bug(what) => {
+            ErrorKind::OutcomeUnknown => (Code::Aborted, ErrorReason::OutcomeUnknown),
+            ErrorKind::ListingRestarted => (Code::Aborted, ErrorReason::ListingRestarted),
+            ErrorKind::DeadlineExceeded => (Code::DeadlineExceeded, ErrorReason::DeadlineExceeded),
+            ErrorKind::Overloaded => (Code::ResourceExhausted, ErrorReason::Overloaded),
+            ErrorKind::MemoryFull => (Code::ResourceExhausted, ErrorReason::MemoryFull),
+            ErrorKind::Unauthenticated => (Code::Unauthenticated, ErrorReason::Unauthenticated),
+            ErrorKind::Unavailable => (Code::Unavailable, ErrorReason::Unavailable),
+            ErrorKind::Bug => {
+                let what = match &error {
+                    StoreError::Bug(what) => what,
+                    _ => "another server says that it has met a bug",
+                };
                 seldom!(error, what, "bug");
                 return Self::internal();
             }
         };
         let mut call_error = Self::new(code, reason, error.to_string());
-        match error {
-            StoreError::MemoryFull { .. } => {
-                call_error
-                    .metadata
-                    .push(("limit", "mirror-max-bytes".into()));
-                call_error.retry_after = Some(Self::RETRY_AFTER);
-            }
-            StoreError::Unavailable(_) => call_error.retry_after = Some(Self::RETRY_AFTER),
-            _ => {}
+        let waiting_helps = matches!(
+            reason,
+            ErrorReason::MemoryFull | ErrorReason::Overloaded | ErrorReason::Unavailable
+        );
+        if waiting_helps {
+            call_error.retry_after = Some(Self::RETRY_AFTER);
+        }
+        if let StoreError::MemoryFull { .. } = error {
+            let limit = ("limit", "mirror-max-bytes".into());
+            call_error.metadata.push(limit);
         }
         call_error
+    }
+}
+
+/// What an error that another groupstate has told means to a store's caller.
+pub fn kind_of(reason: ErrorReason) -> ErrorKind {
+    match reason {
+        ErrorReason::InvalidField
+        | ErrorReason::MalformedMessage
+        | ErrorReason::DuplicateKey
+        | ErrorReason::Unimplemented => ErrorKind::Invalid,
+        ErrorReason::MessageTooLarge => ErrorKind::TooLarge,
+        ErrorReason::UnreadableDocument => ErrorKind::Unreadable,
+        ErrorReason::ForeignType => ErrorKind::ForeignType,
+        ErrorReason::VersionOutOfRange => ErrorKind::VersionOutOfRange,
+        ErrorReason::OutcomeUnknown => ErrorKind::OutcomeUnknown,
+        ErrorReason::ListingRestarted => ErrorKind::ListingRestarted,
+        ErrorReason::DeadlineExceeded | ErrorReason::Cancelled => ErrorKind::DeadlineExceeded,
+        ErrorReason::Overloaded => ErrorKind::Overloaded,
+        ErrorReason::MemoryFull => ErrorKind::MemoryFull,
+        ErrorReason::Unauthenticated => ErrorKind::Unauthenticated,
+        ErrorReason::Unavailable => ErrorKind::Unavailable,
+        // An absent group is an answer, of which no store makes an error.
+        ErrorReason::GroupNotFound | ErrorReason::Internal | ErrorReason::Unspecified => {
+            ErrorKind::Bug
+        }
     }
 }
 
@@ -281,6 +317,11 @@ fn result_of(reason: ErrorReason) -> CallResult {
 /// The name of a reason without its prefix, as `ErrorInfo` has it.
 pub fn reason_name(reason: ErrorReason) -> &'static str {
     reason.as_str_name().trim_start_matches("ERROR_REASON_")
+}
+
+/// The reason of that name.
+pub fn reason_named(name: &str) -> Option<ErrorReason> {
+    ErrorReason::from_str_name(&format!("ERROR_REASON_{name}"))
 }
 
 /// Cuts a text to at most `bytes`, between two characters.

@@ -79,6 +79,15 @@ impl Violations {
 // === impl Limits ===
 
 impl Limits {
+    /// What a client believes its server.
+    const NONE: Self = Self {
+        max_key_bytes: usize::MAX,
+        max_alerts_per_group: usize::MAX,
+        max_groups_per_batch: usize::MAX,
+        default_ttl: Duration::MAX,
+        max_ttl: Duration::MAX,
+    };
+
     pub fn key(
         &self,
         field: fmt::Arguments<'_>,
@@ -249,6 +258,29 @@ impl Limits {
             })
             .collect())
     }
+}
+
+/// A group as a service has sent it, with its version and write id. A fault in
+/// it is described.
+pub fn stored_group(group: pb::AlertGroup) -> Result<AlertGroup, String> {
+    let metadata = group.metadata.as_ref();
+    let version = metadata.and_then(|metadata| Version::new(metadata.version));
+    let write_id = metadata.map(|metadata| metadata.write_id.clone());
+    let mut violations = Violations::default();
+    let checked = Limits::NONE.group(format_args!("group"), Some(group), &mut violations);
+    let mut group = violations.check(checked).map_err(CallError::into_message)?;
+    group.metadata.version = version;
+    group.metadata.write_id = write_id.unwrap_or_default();
+    Ok(group)
+}
+
+/// A time as a service has sent it.
+pub fn stored_time(timestamp: Timestamp) -> Option<Time> {
+    time(
+        format_args!(""),
+        Some(timestamp),
+        &mut Violations::default(),
+    )
 }
 
 /// The version that a CompareAndSwap expects; None for "absent".

@@ -157,7 +157,9 @@ mod tests {
     }
 
     fn labels<const N: usize>(labels: [(&str, &str); N]) -> BTreeMap<String, String> {
-        labels.map(|(name, value)| (name.into(), value.into())).into()
+        labels
+            .map(|(name, value)| (name.into(), value.into()))
+            .into()
     }
 
     #[test]

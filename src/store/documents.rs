@@ -2,7 +2,10 @@
 //! store. Groups are written as JSON, limited and read here, and nowhere else.
 
 use async_trait::async_trait;
-use futures::{StreamExt, stream::BoxStream};
+use futures::{
+    StreamExt, future,
+    stream::{self, BoxStream},
+};
 
 use super::{
     Answer, Backend, Deadline, Deletion, Expires, Expiry, Failure, GroupBatch, GroupStore, KeyPage,
@@ -276,9 +279,19 @@ impl<S: DocumentStore> GroupStore for Documents<S> {
 
     async fn load_all(&self, prefix: &str, deadline: Deadline) -> Reply<LoadAll> {
         let answer: Answer<ReadAll> = self.store.read_all(prefix, deadline).await?;
-        Ok(answer.map(|all| LoadAll {
-            complete: all.complete,
-            batches: all.batches.map(|batch| batch.map(parse_batch)).boxed(),
+        Ok(answer.map(|all| {
+            let end = GroupBatch {
+                complete: Some(all.complete),
+                ..GroupBatch::default()
+            };
+            let end = stream::once(future::ready(Ok(end)));
+            // A failure is the last that comes: no end after it.
+            let whole = all.batches.map(|batch| batch.map(parse_batch)).chain(end);
+            let failed = |failed: &mut bool, batch: Result<GroupBatch, Failure>| {
+                let goes_on = !std::mem::replace(failed, batch.is_err());
+                future::ready(goes_on.then_some(batch))
+            };
+            whole.scan(false, failed).boxed()
         }))
     }
 }
@@ -304,6 +317,7 @@ fn parse_batch(batch: DocumentBatch) -> GroupBatch {
     let mut parsed = GroupBatch {
         groups: Vec::with_capacity(batch.documents.len()),
         problems: batch.problems,
+        complete: None,
     };
     for StoredDocument { document, .. } in batch.documents {
         match document.parse() {

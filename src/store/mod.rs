@@ -26,7 +26,7 @@ pub mod recovery;
 pub mod redis;
 pub mod switch;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures::stream::BoxStream;
@@ -48,6 +48,13 @@ use crate::{
 pub trait GroupStore: Send + Sync + 'static {
     /// Who would answer a call that came now.
     fn backend(&self) -> Backend;
+
+    /// The store to which all calls of one change of a group should go. None:
+    /// this one. A store in front of several others names the one that has the
+    /// key now.
+    fn pinned(&self, _key: &GroupKey) -> Option<Arc<dyn GroupStore>> {
+        None
+    }
 
     /// Creates or replaces a group, whatever is stored. `group`'s version is
     /// ignored.
@@ -188,6 +195,40 @@ pub enum StoreError {
     /// A bug: what was found, for the log only.
     #[error("internal error")]
     Bug(String),
+    /// What another server said, in its words.
+    #[error("{message}")]
+    Told { kind: ErrorKind, message: String },
+}
+
+/// What a caller can do about an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// Ask for something else.
+    Invalid,
+    /// Ask for less at once.
+    TooLarge,
+    /// Look at what is stored: it is no group's document.
+    Unreadable,
+    /// Look at what is stored: it is another Redis type.
+    ForeignType,
+    /// Delete the group and store it anew.
+    VersionOutOfRange,
+    /// Load, and decide again: the write may have happened.
+    OutcomeUnknown,
+    /// Begin the listing again.
+    ListingRestarted,
+    /// Give it more time, or try again; a write may have happened.
+    DeadlineExceeded,
+    /// Try again later.
+    Overloaded,
+    /// Delete groups or wait until some expire.
+    MemoryFull,
+    /// Present credentials.
+    Unauthenticated,
+    /// Try again later.
+    Unavailable,
+    /// Tell whoever maintains groupstate.
+    Bug,
 }
 
 /// When a written group expires. Callers have checked the bounds.
@@ -256,18 +297,18 @@ pub struct KeyPage {
     pub next: Option<String>,
 }
 
-/// All groups, in batches.
-pub struct LoadAll {
-    /// False when this backend cannot know every group.
-    pub complete: bool,
-    pub batches: BoxStream<'static, Result<GroupBatch, Failure>>,
-}
+/// All groups, in batches. One that ends without a batch that says whether it
+/// is complete was cut off.
+pub type LoadAll = BoxStream<'static, Result<GroupBatch, Failure>>;
 
 /// Some groups of a [`LoadAll`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GroupBatch {
     pub groups: Vec<AlertGroup>,
     pub problems: Vec<Problem>,
+    /// In the last batch only: false when the backend that answered cannot know
+    /// every group.
+    pub complete: Option<bool>,
 }
 
 /// Something that is stored and cannot be read as a group.
@@ -300,6 +341,27 @@ impl Backend {
         Failure {
             backend: self,
             error,
+        }
+    }
+}
+
+// === impl StoreError ===
+
+impl StoreError {
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Unreadable(_) | Self::NotAGroupKey(_) => ErrorKind::Unreadable,
+            Self::ForeignType => ErrorKind::ForeignType,
+            Self::VersionOutOfRange(_) => ErrorKind::VersionOutOfRange,
+            Self::OutcomeUnknown => ErrorKind::OutcomeUnknown,
+            Self::ListingRestarted => ErrorKind::ListingRestarted,
+            Self::InvalidPageToken(_) | Self::DocumentTooLarge { .. } => ErrorKind::Invalid,
+            Self::StoredValueTooLarge { .. } => ErrorKind::TooLarge,
+            Self::DeadlineExceeded => ErrorKind::DeadlineExceeded,
+            Self::MemoryFull { .. } => ErrorKind::MemoryFull,
+            Self::Unavailable(_) => ErrorKind::Unavailable,
+            Self::Bug(_) => ErrorKind::Bug,
+            Self::Told { kind, .. } => *kind,
         }
     }
 }

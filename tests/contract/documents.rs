@@ -151,7 +151,7 @@ async fn what_go_writes_is_read_exactly() {
     }
     let mut all = store.load_all("", Deadline::NONE).await.unwrap().value;
     let mut count = 0;
-    while let Some(batch) = all.batches.next().await {
+    while let Some(batch) = all.next().await {
         let batch = batch.unwrap();
         assert_eq!(batch.problems, []);
         count += batch.groups.len();
@@ -535,7 +535,7 @@ async fn load_all_reports_what_it_cannot_read_and_reads_the_rest() {
 async fn load_all(store: &Store) -> (Vec<AlertGroup>, Vec<(String, StoreError)>) {
     let mut all = store.load_all("", Deadline::NONE).await.unwrap().value;
     let (mut groups, mut problems) = (Vec::new(), Vec::new());
-    while let Some(batch) = all.batches.next().await {
+    while let Some(batch) = all.next().await {
         let batch = batch.unwrap();
         groups.extend(batch.groups);
         problems.extend(

@@ -55,13 +55,13 @@ async fn a_restart_in_the_middle_of_a_load_all_is_never_taken_for_its_end() {
     let (store, mut server) = redis_store().await;
     fill(&store, 10_000).await;
     let mut all = store.load_all("", Deadline::NONE).await.unwrap().value;
-    all.batches.next().await.unwrap().unwrap();
+    all.next().await.unwrap().unwrap();
 
     server.restart().await;
     reconnected(&store).await;
     fill(&store, 10_000).await;
     let mut error = None;
-    while let Some(batch) = all.batches.next().await {
+    while let Some(batch) = all.next().await {
         error = batch.err();
     }
     assert_eq!(error.unwrap().error, StoreError::ListingRestarted);
@@ -83,13 +83,13 @@ async fn a_restart_after_the_last_key_was_found_is_never_taken_for_its_end() {
         reply.unwrap();
     }
     let mut all = store.load_all("", Deadline::NONE).await.unwrap().value;
-    let first = all.batches.next().await.unwrap().unwrap();
+    let first = all.next().await.unwrap().unwrap();
     assert!((1..500).contains(&first.groups.len()));
 
     server.restart().await;
     reconnected(&store).await;
     let mut error = None;
-    while let Some(batch) = all.batches.next().await {
+    while let Some(batch) = all.next().await {
         error = batch.err();
     }
     assert_eq!(error.unwrap().error, StoreError::ListingRestarted);

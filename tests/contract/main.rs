@@ -20,8 +20,9 @@ use std::{
     time::Duration,
 };
 
-use common::{redis_cluster::RedisCluster, redis_server::RedisServer};
+use common::{redis_cluster::RedisCluster, redis_server::RedisServer, service::Service};
 use groupstate::{
+    manager::remote::{RemoteSettings, RemoteStore},
     store::{
         GroupStore,
         documents::Documents,
@@ -96,6 +97,15 @@ async fn failover_store() -> (Arc<dyn GroupStore>, RedisServer) {
     )
 }
 
+/// A service in a process of its own, through the client of the replicas.
+async fn remote_store() -> (Arc<dyn GroupStore>, (RedisServer, Service)) {
+    let server = RedisServer::start().await;
+    // What the suite takes for the default, which is the server's to say.
+    let service = Service::start(&["--redis-url", &server.url(), "--default-ttl", "100s"]);
+    let store = RemoteStore::at(service.addr(), RemoteSettings::default()).unwrap();
+    (Arc::new(store), (server, service))
+}
+
 /// A store on the Redis at `url`. Each is an instance of its own.
 async fn store_at(url: &str, timeout: Duration) -> Arc<dyn GroupStore> {
     store_of(url, "group:", timeout).await
@@ -154,4 +164,10 @@ macro_rules! every_store_keeps_the_contract {
     )*};
 }
 
-every_store_keeps_the_contract!(memory_store, redis_store, cluster_store, failover_store);
+every_store_keeps_the_contract!(
+    memory_store,
+    redis_store,
+    cluster_store,
+    failover_store,
+    remote_store
+);

@@ -1,0 +1,3 @@
+pub mod group_keys;
+mod hash;
+pub mod remote;
