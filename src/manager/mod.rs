@@ -373,8 +373,9 @@ impl AlertGroupManager {
         let Ok(before) = Time::from_millis(before) else {
             return Ok(0);
         };
+        let stale = self.known().keys_not_updated_since(before);
         let mut deleted = 0;
-        for key in self.known().keys_not_updated_since(before) {
+        for key in stale {
             let changed = self.change(&key, Change::Expire { before }).await?;
             deleted += usize::from(changed.outcome == Outcome::Deleted);
         }

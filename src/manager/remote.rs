@@ -96,6 +96,10 @@ const MAX_REPLY_BYTES: usize = 256 << 20;
 /// silence it is given up.
 const LOAD_ALL_SILENCE: Duration = Duration::from_secs(10);
 
+/// The service answers within this time, whatever Redis does. A call that was
+/// given it in vain has met an instance that hangs.
+const ANSWER_BOUND: Duration = Duration::from_secs(1);
+
 /// How often an instance that is down is asked whether it is back.
 const PROBE_INTERVAL: Duration = Duration::from_millis(250);
 
@@ -181,10 +185,10 @@ impl RemoteStore {
     where
         F: Future<Output = Result<Response<R>, Status>>,
     {
-        let given = deadline.instant();
         let until = deadline.or_within(self.settings.call_timeout);
+        let given = until.saturating_duration_since(Instant::now());
         let mut request = Request::new(message);
-        request.set_timeout(until.saturating_duration_since(Instant::now()));
+        request.set_timeout(given);
         let answered = tokio::time::timeout_at(until, call(self.client.clone(), request)).await;
         let status = match answered {
             Ok(Ok(response)) => {
@@ -198,8 +202,8 @@ impl RemoteStore {
         if called.told {
             self.state.down.store(false, Ordering::Relaxed);
             self.saw(called.backend.unwrap_or(self.backend()));
-        } else if called.kind != ErrorKind::DeadlineExceeded || given.is_none() {
-            // A deadline of the caller's may just have been short.
+        } else if called.kind != ErrorKind::DeadlineExceeded || given >= ANSWER_BOUND {
+            // One that passes earlier may just have been short.
             self.is_unreachable();
         }
         Err(called)
