@@ -10,6 +10,7 @@
 //! | [`affinity`] | the instances of a service as one store, each key at its own |
 //! | [`remote`] | one instance as a store: the gRPC client |
 //! | [`group_keys`] | which group an alert belongs to |
+//! | [`webhook`] | what Alertmanager sends, as reports for a group |
 //!
 //! Every change is made by compare-and-swap: load, apply, swap, and after a lost
 //! race apply again to what the winner has stored. Two replicas that add two
@@ -22,6 +23,7 @@ mod hash;
 pub mod known;
 pub mod outbox;
 pub mod remote;
+pub mod webhook;
 
 use std::{
     sync::{
