@@ -100,8 +100,16 @@ async fn failover_store() -> (Arc<dyn GroupStore>, RedisServer) {
 /// A service in a process of its own, through the client of the replicas.
 async fn remote_store() -> (Arc<dyn GroupStore>, (RedisServer, Service)) {
     let server = RedisServer::start().await;
-    // What the suite takes for the default, which is the server's to say.
-    let service = Service::start(&["--redis-url", &server.url(), "--default-ttl", "100s"]);
+    let service = Service::start(
+        &[
+            &["--redis-url", &server.url()][..],
+            // What the suite takes for the default, which is the server's to say.
+            &["--default-ttl", "100s"],
+            // So that a busy machine is not taken for a Redis that fails.
+            &["--redis-timeout", "1s", "--trip-after", "10s"],
+        ]
+        .concat(),
+    );
     let store = RemoteStore::at(service.addr(), RemoteSettings::default()).unwrap();
     (Arc::new(store), (server, service))
 }
