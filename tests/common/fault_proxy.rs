@@ -16,7 +16,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{late_requests::LateRequests, resp::Requests};
+use super::{late_requests::LateRequests, redis_server, resp::Requests};
 
 /// Passes connections on to a server, with faults on demand. Ends when dropped.
 pub struct FaultProxy {
@@ -73,7 +73,7 @@ impl FaultProxy {
 
     /// Its address as a URL for clients of Redis.
     pub fn url(&self) -> String {
-        format!("redis://{}", self.addr)
+        redis_server::url("redis", self.addr)
     }
 
     /// From now on every byte arrives later by this; zero ends it.

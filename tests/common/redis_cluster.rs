@@ -1,10 +1,17 @@
 //! A real Redis Cluster.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use redis::{FromRedisValue, aio::MultiplexedConnection};
 
-use super::{free_address, redis_server::RedisServer};
+use super::{
+    authority::{Authority, text},
+    free_address,
+    redis_server::{self, RedisServer},
+};
 
 /// Three primaries that share the slots, some with a replica.
 pub struct RedisCluster {
@@ -34,11 +41,37 @@ impl RedisCluster {
         let mut primaries = Vec::new();
         let mut replicas = Vec::new();
         for _ in SLOTS {
-            primaries.push(start_node(node_timeout).await);
+            primaries.push(start_node(node_timeout, &[]).await);
             if replicated {
-                replicas.push(start_node(node_timeout).await);
+                replicas.push(start_node(node_timeout, &[]).await);
             }
         }
+        Self::joined(primaries, replicas).await
+    }
+
+    /// Three primaries that are also reached by TLS, with certificates for their
+    /// address.
+    pub async fn start_with_tls(authority: &Authority) -> Self {
+        let issued = authority.issue("127.0.0.1");
+        let ca = authority.ca();
+        let mut primaries = Vec::new();
+        for _ in SLOTS {
+            let port = free_address().port().to_string();
+            let settings = [
+                // Else a node tells of its other port alone.
+                ["--tls-cluster", "yes"],
+                ["--tls-port", &port],
+                ["--tls-cert-file", text(&issued.cert)],
+                ["--tls-key-file", text(&issued.key)],
+                ["--tls-ca-cert-file", text(&ca)],
+                ["--tls-auth-clients", "no"],
+            ];
+            primaries.push(start_node(Duration::from_secs(10), settings.as_flattened()).await);
+        }
+        Self::joined(primaries, Vec::new()).await
+    }
+
+    async fn joined(primaries: Vec<RedisServer>, replicas: Vec<RedisServer>) -> Self {
         let cluster = Self {
             primaries,
             replicas,
@@ -49,7 +82,14 @@ impl RedisCluster {
 
     /// The address of one primary as a URL; clients find the others.
     pub fn url(&self) -> String {
-        format!("redis-cluster://{}", self.primaries[0].addr())
+        redis_server::url("redis-cluster", self.primaries[0].addr())
+    }
+
+    /// The same by TLS.
+    pub async fn tls_url(&self) -> String {
+        let port = setting(&self.primaries[0], "tls-port").await;
+        let addr = SocketAddr::new(self.primaries[0].addr().ip(), port.parse().unwrap());
+        redis_server::url("rediss-cluster", addr)
     }
 
     /// The primary that has a slot at the beginning.
@@ -108,7 +148,7 @@ impl RedisCluster {
         }
         let mut first = self.primaries[0].connect().await;
         for node in self.nodes().skip(1) {
-            let bus = bus_port(node).await;
+            let bus = setting(node, "cluster-port").await;
             let (ip, port) = (node.addr().ip().to_string(), node.addr().port().to_string());
             let () = cluster(&mut first, &["MEET", &ip, &port, &bus]).await;
         }
@@ -154,30 +194,27 @@ impl RedisCluster {
     }
 }
 
-async fn start_node(node_timeout: Duration) -> RedisServer {
+async fn start_node(node_timeout: Duration, more: &[&str]) -> RedisServer {
     // The usual port of the bus, 10,000 above, may be taken or none at all.
     let bus = free_address().port().to_string();
     let timeout = node_timeout.as_millis().to_string();
-    RedisServer::start_with(&[
-        "--cluster-enabled",
-        "yes",
-        "--cluster-port",
-        &bus,
-        "--cluster-node-timeout",
-        &timeout,
-    ])
-    .await
+    let settings = [
+        ["--cluster-enabled", "yes"],
+        ["--cluster-port", &bus],
+        ["--cluster-node-timeout", &timeout],
+    ];
+    RedisServer::start_with(&[settings.as_flattened(), more].concat()).await
 }
 
-async fn bus_port(node: &RedisServer) -> String {
+async fn setting(node: &RedisServer, name: &str) -> String {
     let mut command = redis::cmd("CONFIG");
-    let port: (String, String) = command
+    let (_, value): (String, String) = command
         .arg("GET")
-        .arg("cluster-port")
+        .arg(name)
         .query_async(&mut node.connect().await)
         .await
         .unwrap();
-    port.1
+    value
 }
 
 async fn wait_until_in_sync(replica: &RedisServer, primary: &RedisServer) {

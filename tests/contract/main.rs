@@ -27,7 +27,7 @@ use groupstate::{
         documents::Documents,
         failover::{Failover, FailoverSettings},
         memory::MemoryStore,
-        redis::{RedisSettings, RedisStore},
+        redis::{ClientTls, RedisSettings, RedisStore},
         switch::OnRecovery,
     },
     version::InstanceId,
@@ -68,7 +68,7 @@ async fn cluster_store() -> (Arc<dyn GroupStore>, Arc<RedisCluster>) {
         None => Arc::new(RedisCluster::start().await),
     };
     *shared = Arc::downgrade(&cluster);
-    let prefix = format!("store {}:", STORES.fetch_add(1, Ordering::Relaxed));
+    let prefix = format!("group:store {}:", STORES.fetch_add(1, Ordering::Relaxed));
     let store = store_of(&cluster.url(), &prefix, Duration::from_secs(1)).await;
     (store, cluster)
 }
@@ -76,7 +76,7 @@ async fn cluster_store() -> (Arc<dyn GroupStore>, Arc<RedisCluster>) {
 /// Redis with memory behind it, while Redis answers.
 async fn failover_store() -> (Arc<dyn GroupStore>, RedisServer) {
     let server = RedisServer::start().await;
-    let settings = RedisSettings::new(&server.url(), 2, Duration::from_millis(250)).unwrap();
+    let settings = settings(&server.url(), Duration::from_millis(250));
     let redis = RedisStore::open(&settings, "group:", MAX_DOCUMENT_BYTES).unwrap();
     let instance = InstanceId::random();
     let failover = Failover::open(
@@ -103,7 +103,7 @@ async fn store_at(url: &str, timeout: Duration) -> Arc<dyn GroupStore> {
 
 /// The same, whose keys begin with `prefix`.
 async fn store_of(url: &str, prefix: &str, timeout: Duration) -> Arc<dyn GroupStore> {
-    let settings = RedisSettings::new(url, 2, timeout).unwrap();
+    let settings = settings(url, timeout);
     let store = RedisStore::open(&settings, prefix, MAX_DOCUMENT_BYTES).unwrap();
     assert!(store.wait(Instant::now() + Duration::from_secs(5)).await);
     Arc::new(Documents::new(
@@ -111,6 +111,10 @@ async fn store_of(url: &str, prefix: &str, timeout: Duration) -> Arc<dyn GroupSt
         MAX_DOCUMENT_BYTES,
         InstanceId::random(),
     ))
+}
+
+fn settings(url: &str, timeout: Duration) -> RedisSettings {
+    RedisSettings::new(url, ClientTls::default(), 2, timeout).unwrap()
 }
 
 /// Runs the whole suite against each of some stores.
