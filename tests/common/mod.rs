@@ -11,6 +11,7 @@ pub mod lossy_proxy;
 pub mod prometheus;
 pub mod proxy;
 pub mod redis_cluster;
+pub mod redis_sentinel;
 pub mod redis_server;
 pub mod resp;
 pub mod service;

@@ -18,7 +18,7 @@ use tokio::{
 
 use super::{Process, free_address};
 
-const INSTALL: &str = "run `make tools`, or as root: apt-get install redis-server";
+pub const INSTALL: &str = "run `make tools`, or as root: apt-get install redis-server";
 
 /// The program that is tried, if not the one on the PATH; see `make matrix`.
 const PROGRAM: &str = "GROUPSTATE_TEST_REDIS";

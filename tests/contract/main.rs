@@ -20,7 +20,9 @@ use std::{
     time::Duration,
 };
 
-use common::{redis_cluster::RedisCluster, redis_server::RedisServer};
+use common::{
+    redis_cluster::RedisCluster, redis_sentinel::RedisSentinel, redis_server::RedisServer,
+};
 use groupstate::{
     store::{
         GroupStore,
@@ -71,6 +73,23 @@ async fn cluster_store() -> (Arc<dyn GroupStore>, Arc<RedisCluster>) {
     let prefix = format!("group:store {}:", STORES.fetch_add(1, Ordering::Relaxed));
     let store = store_of(&cluster.url(), &prefix, Duration::from_secs(1)).await;
     (store, cluster)
+}
+
+/// A Redis store that asks sentinels, in the same way.
+async fn sentinel_store() -> (Arc<dyn GroupStore>, Arc<RedisSentinel>) {
+    static SHARED: Mutex<Weak<RedisSentinel>> = Mutex::const_new(Weak::new());
+    static STORES: AtomicU32 = AtomicU32::new(0);
+
+    let mut shared = SHARED.lock().await;
+    let sentinel = match shared.upgrade() {
+        Some(sentinel) => sentinel,
+        // Nobody fails over because the machine is busy.
+        None => Arc::new(RedisSentinel::start(Duration::from_secs(30)).await),
+    };
+    *shared = Arc::downgrade(&sentinel);
+    let prefix = format!("group:store {}:", STORES.fetch_add(1, Ordering::Relaxed));
+    let store = store_of(&sentinel.url(), &prefix, Duration::from_secs(1)).await;
+    (store, sentinel)
 }
 
 /// Redis with memory behind it, while Redis answers.
@@ -158,4 +177,10 @@ macro_rules! every_store_keeps_the_contract {
     )*};
 }
 
-every_store_keeps_the_contract!(memory_store, redis_store, cluster_store, failover_store);
+every_store_keeps_the_contract!(
+    memory_store,
+    redis_store,
+    cluster_store,
+    sentinel_store,
+    failover_store
+);
