@@ -133,6 +133,14 @@ impl FaultProxy {
         }
     }
 
+    /// Leads new connections to another server, as a name does that was given
+    /// another address. Those that are there stay where they are.
+    pub async fn lead_to(&mut self, upstream: SocketAddr) {
+        self.refuse().await;
+        self.upstream = upstream;
+        self.accept().await;
+    }
+
     /// Takes new connections again.
     pub async fn accept(&mut self) {
         if self.accepting.is_some() {

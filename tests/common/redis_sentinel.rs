@@ -116,10 +116,13 @@ impl RedisSentinel {
 /// Whether a server takes itself for a primary. A change of its mind ends all
 /// connections.
 pub async fn is_primary(server: &RedisServer) -> bool {
-    let mut info = redis::cmd("INFO");
-    let info = info.arg("replication");
-    let info: Result<String, _> = info.query_async(&mut server.connect().await).await;
-    info.is_ok_and(|info| info.contains("role:master"))
+    let ask = async || -> redis::RedisResult<String> {
+        let client = redis::Client::open(server.admin_url())?;
+        let mut connection = client.get_multiplexed_async_connection().await?;
+        let mut info = redis::cmd("INFO");
+        info.arg("replication").query_async(&mut connection).await
+    };
+    ask().await.is_ok_and(|info| info.contains("role:master"))
 }
 
 async fn ask<T: FromRedisValue>(connection: &mut MultiplexedConnection, words: &[&str]) -> T {

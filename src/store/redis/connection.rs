@@ -96,6 +96,11 @@ impl Connections {
         self.way.events.connected()
     }
 
+    /// Counts the times that other servers took the place of those before.
+    pub fn moved(&self) -> watch::Receiver<u64> {
+        self.way.events.moved()
+    }
+
     /// Why there is no connection.
     pub fn why_not(&self) -> String {
         self.way.events.why_not()
@@ -166,6 +171,6 @@ impl Way {
     /// before end there; then it is closed.
     pub fn use_link(&self, link: Link) {
         *lock(&self.link) = Some(Arc::new(link));
-        self.events.moved();
+        self.events.moved_on();
     }
 }

@@ -53,6 +53,8 @@ pub struct Events {
     last: Mutex<LastEvent>,
     /// Counts new connections.
     connected: watch::Sender<u64>,
+    /// Counts the times that other servers took the place of those before.
+    moved: watch::Sender<u64>,
     /// Where local microseconds begin.
     started: Instant,
 }
@@ -278,6 +280,7 @@ impl Known {
             tracing::debug!(nodes = nodes.len(), "the cluster has changed");
             lock(&self.clocks).retain(|node, _| nodes.contains(node));
             *known = Arc::new(topology);
+            self.events.moved_on();
         }
     }
 }
@@ -289,6 +292,7 @@ impl Events {
         Self {
             last: Mutex::default(),
             connected: watch::Sender::new(0),
+            moved: watch::Sender::new(0),
             started: Instant::now(),
         }
     }
@@ -306,16 +310,22 @@ impl Events {
         }
     }
 
-    /// What is used from now on may be another server than before.
-    pub fn moved(&self) {
+    /// Counts the times that other servers took the place of those before.
+    pub fn moved(&self) -> watch::Receiver<u64> {
+        self.moved.subscribe()
+    }
+
+    /// What is used from now on are other servers than before.
+    pub fn moved_on(&self) {
         self.connected.send_modify(|count| *count += 1);
+        self.moved.send_modify(|count| *count += 1);
     }
 
     fn connected_to(&self, server: &Server) {
         if lock(&self.last).changes_to(format!("connected to {server}")) {
             tracing::info!(%server, "connected to Redis");
         }
-        self.moved();
+        self.connected.send_modify(|count| *count += 1);
     }
 
     fn failed(&self, error: &Error) {

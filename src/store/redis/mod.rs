@@ -306,6 +306,11 @@ impl RedisStore {
         self.connections.reconnect(index).await;
     }
 
+    /// Replaces every connection.
+    pub async fn reconnect_all(&self) {
+        join_all((0..self.connections()).map(|index| self.reconnect(index))).await;
+    }
+
     /// Number of connections.
     pub fn connections(&self) -> usize {
         self.connections.count()
@@ -314,6 +319,11 @@ impl RedisStore {
     /// Counts new connections: each may lead to another server than before.
     pub fn connected(&self) -> watch::Receiver<u64> {
         self.connections.connected()
+    }
+
+    /// Counts the times that other servers took the place of those before.
+    pub fn moved(&self) -> watch::Receiver<u64> {
+        self.connections.moved()
     }
 
     /// Why there is no connection.
@@ -561,6 +571,11 @@ impl NotDone {
             error,
             cause: Cause::Answered,
         }
+    }
+
+    /// Whether it was a replica that refused a write.
+    pub fn is_refused_by_replica(&self) -> bool {
+        matches!(&self.cause, Cause::Unwell(why) if why.starts_with("READONLY"))
     }
 
     fn short_of_time(error: StoreError) -> Self {

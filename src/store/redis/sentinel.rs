@@ -50,11 +50,11 @@ struct Sentinel {
 }
 
 /// Between two questions to a sentinel.
-const PAUSE: Duration = Duration::from_millis(200);
+const PAUSE: Duration = Duration::from_millis(100);
 /// A sentinel answers, and lets itself be connected to, within this.
 const BOUND: Duration = Duration::from_millis(500);
 /// Every so many questions a sentinel is asked for the others.
-const ASKED_FOR_OTHERS: u32 = 50;
+const ASKED_FOR_OTHERS: u32 = 100;
 /// No more than so many sentinels are asked.
 const MOST_SENTINELS: usize = 16;
 /// A primary that no sentinel has named for this long gives way to any that one
@@ -228,7 +228,7 @@ impl Sentinel {
             }
             tokio::time::sleep(PAUSE).await;
         }
-        unreachable!("a connection of 27 years")
+        unreachable!("a connection of 13 years")
     }
 
     async fn ask(&self, with_others: bool) -> Result<Word, Error> {
