@@ -192,7 +192,7 @@ impl Watch {
                 (Err(_), _) => {}
             }
             if pong == Err(NoPong::Silence) {
-                self.redis.reconnect(connection).await;
+                self.redis.reconnect(connection);
             }
             tokio::time::sleep_until(sent + Self::HEARTBEAT).await;
         }
@@ -247,7 +247,7 @@ impl Watch {
                         self.switch.probe_fails(&failed.error.to_string());
                         if failed.is_refused_by_replica() {
                             // Its address may lead to the primary by now.
-                            self.redis.reconnect_all().await;
+                            self.redis.reconnect_all();
                         }
                     }
                 },

@@ -9,6 +9,7 @@ use redis::{FromRedisValue, aio::MultiplexedConnection};
 
 use super::{
     authority::{Authority, text},
+    fault_proxy::FaultProxy,
     free_address,
     redis_server::{self, RedisServer},
 };
@@ -47,6 +48,23 @@ impl RedisCluster {
             }
         }
         Self::joined(primaries, replicas).await
+    }
+
+    /// Three primaries that clients reach through a proxy each.
+    pub async fn start_behind_proxies() -> (Self, Vec<FaultProxy>) {
+        let mut primaries = Vec::new();
+        let mut proxies = Vec::new();
+        for _ in SLOTS {
+            let primary = start_node(Duration::from_secs(10), &[]).await;
+            let proxy = FaultProxy::start(primary.addr()).await;
+            let port = proxy.addr().port().to_string();
+            let mut set = redis::cmd("CONFIG");
+            let set = set.arg(&["SET", "cluster-announce-port", &port]);
+            let () = set.query_async(&mut primary.connect().await).await.unwrap();
+            primaries.push(primary);
+            proxies.push(proxy);
+        }
+        (Self::joined(primaries, Vec::new()).await, proxies)
     }
 
     /// Three primaries that are also reached by TLS, with certificates for their
@@ -90,6 +108,14 @@ impl RedisCluster {
         let port = setting(&self.primaries[0], "tls-port").await;
         let addr = SocketAddr::new(self.primaries[0].addr().ip(), port.parse().unwrap());
         redis_server::url("rediss-cluster", addr)
+    }
+
+    /// One more primary, which has no slots.
+    pub async fn add_primary(&mut self) {
+        let primary = start_node(Duration::from_secs(10), &[]).await;
+        self.primaries.push(primary);
+        self.meet().await;
+        self.wait_until_whole().await;
     }
 
     /// The primary that has a slot at the beginning.
@@ -146,16 +172,7 @@ impl RedisCluster {
             let slots = ["ADDSLOTSRANGE", &first.to_string(), &last.to_string()];
             let () = cluster(&mut connection, &slots).await;
         }
-        let mut first = self.primaries[0].connect().await;
-        for node in self.nodes().skip(1) {
-            let bus = setting(node, "cluster-port").await;
-            let (ip, port) = (node.addr().ip().to_string(), node.addr().port().to_string());
-            let () = cluster(&mut first, &["MEET", &ip, &port, &bus]).await;
-        }
-        self.wait_for_all("know each other", |info| {
-            info.contains(&format!("cluster_known_nodes:{}", self.nodes().count()))
-        })
-        .await;
+        self.meet().await;
         for (replica, primary) in self.replicas.iter().zip(&self.primaries) {
             let id: String = cluster(&mut primary.connect().await, &["MYID"]).await;
             let begin = Instant::now();
@@ -168,13 +185,30 @@ impl RedisCluster {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }
+        self.wait_until_whole().await;
+        for (replica, primary) in self.replicas.iter().zip(&self.primaries) {
+            wait_until_in_sync(replica, primary).await;
+        }
+    }
+
+    async fn meet(&self) {
+        let mut first = self.primaries[0].connect().await;
+        for node in self.nodes().skip(1) {
+            let bus = setting(node, "cluster-port").await;
+            let (ip, port) = (node.addr().ip().to_string(), node.addr().port().to_string());
+            let () = cluster(&mut first, &["MEET", &ip, &port, &bus]).await;
+        }
+        self.wait_for_all("know each other", |info| {
+            info.contains(&format!("cluster_known_nodes:{}", self.nodes().count()))
+        })
+        .await;
+    }
+
+    async fn wait_until_whole(&self) {
         self.wait_for_all("are one cluster", |info| {
             info.contains("cluster_state:ok") && info.contains("cluster_slots_ok:16384")
         })
         .await;
-        for (replica, primary) in self.replicas.iter().zip(&self.primaries) {
-            wait_until_in_sync(replica, primary).await;
-        }
     }
 
     async fn wait_for_all(&self, what: &str, holds: impl Fn(&str) -> bool) {

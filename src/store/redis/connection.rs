@@ -127,9 +127,9 @@ impl Connections {
     }
 
     /// Replaces the connection `index`, whatever it is waiting for.
-    pub async fn reconnect(&self, index: usize) {
+    pub fn reconnect(&self, index: usize) {
         if let Some(link) = self.link() {
-            link.reconnect(index).await;
+            link.reconnect(index);
         }
     }
 

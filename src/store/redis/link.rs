@@ -16,7 +16,7 @@ use fred::{
 };
 use futures::future::join_all;
 use tokio::{
-    sync::{broadcast::error::RecvError, watch},
+    sync::{Notify, broadcast::error::RecvError, watch},
     task::JoinSet,
     time::Instant,
 };
@@ -37,6 +37,8 @@ use crate::{
 pub struct Link {
     pool: Pool,
     known: Arc<Known>,
+    /// Tells each client to let go of its connection.
+    renewals: Vec<Arc<Notify>>,
     /// Keep the connections, and listen to what becomes of them.
     _tasks: JoinSet<()>,
 }
@@ -81,7 +83,7 @@ pub enum NoPong {
 impl Link {
     const RECONNECT_MIN_DELAY_MS: u32 = 50;
     const RECONNECT_MAX_DELAY_MS: u32 = 500;
-    const RECONNECT_BOUND: Duration = Duration::from_secs(1);
+    const LOOK_BOUND: Duration = Duration::from_secs(1);
     const CONNECT_AGAIN: Duration = Duration::from_millis(100);
 
     /// Starts to connect, in the background and for as long as it takes.
@@ -128,13 +130,17 @@ impl Link {
             events,
         });
         let mut tasks = JoinSet::new();
+        let mut renewals = Vec::new();
         for client in pool.clients() {
+            let renewal: Arc<Notify> = Arc::default();
             tasks.spawn(listen(client.clone(), known.clone()));
-            tasks.spawn(stay_connected(client.clone()));
+            tasks.spawn(stay_connected(client.clone(), renewal.clone()));
+            renewals.push(renewal);
         }
         Ok(Self {
             pool,
             known,
+            renewals,
             _tasks: tasks,
         })
     }
@@ -158,7 +164,7 @@ impl Link {
     /// Asks a cluster who holds what. What comes of it is in [`Self::topology`].
     pub async fn look_at_cluster(&self) {
         if let Some(client) = self.client() {
-            let _ = tokio::time::timeout(Self::RECONNECT_BOUND, client.sync_cluster()).await;
+            let _ = tokio::time::timeout(Self::LOOK_BOUND, client.sync_cluster()).await;
         }
     }
 
@@ -189,14 +195,11 @@ impl Link {
     }
 
     /// Replaces one connection, whatever it is waiting for.
-    pub async fn reconnect(&self, index: usize) {
-        let client = &self.pool.clients()[index];
-        if !client.is_connected() {
-            // It is being replaced already.
-            return;
+    pub fn reconnect(&self, index: usize) {
+        // If it is not connected, it is being replaced already.
+        if self.pool.clients()[index].is_connected() {
+            self.renewals[index].notify_one();
         }
-        // The result is in `is_connected`.
-        let _ = tokio::time::timeout(Self::RECONNECT_BOUND, client.force_reconnection()).await;
     }
 
     /// What the clock of a server shows at least at a local moment. None until
@@ -227,13 +230,20 @@ async fn ping_node(client: &Client, node: &Node) -> Result<(), Error> {
 }
 
 /// Connects again where fred gives up: its task ends with some errors of a
-/// cluster, whatever the policy says, and would leave a dead client.
-async fn stay_connected(client: Client) {
+/// cluster, whatever the policy says, and would leave a dead client. And where it
+/// does not: when it is told to reconnect, it keeps what connections to a cluster
+/// show no error, and waits for a hung server to take what it has been sent.
+async fn stay_connected(client: Client, renewal: Arc<Notify>) {
     loop {
-        // A task that ended by a panic is begun anew as well.
-        let ended = AbortOnDropHandle::new(client.connect()).await;
-        tracing::debug!(?ended, "connecting to Redis again from the beginning");
-        tokio::time::sleep(Link::CONNECT_AGAIN).await;
+        let task = AbortOnDropHandle::new(client.connect());
+        tokio::select! {
+            // A task that ended by a panic is begun anew as well.
+            ended = task => {
+                tracing::debug!(?ended, "connecting to Redis again from the beginning");
+                tokio::time::sleep(Link::CONNECT_AGAIN).await;
+            }
+            () = renewal.notified() => tracing::debug!("a connection to Redis is replaced"),
+        }
     }
 }
 

@@ -302,13 +302,15 @@ impl RedisStore {
     }
 
     /// Replaces the connection `index`, whatever it is waiting for.
-    pub async fn reconnect(&self, index: usize) {
-        self.connections.reconnect(index).await;
+    pub fn reconnect(&self, index: usize) {
+        self.connections.reconnect(index);
     }
 
     /// Replaces every connection.
-    pub async fn reconnect_all(&self) {
-        join_all((0..self.connections()).map(|index| self.reconnect(index))).await;
+    pub fn reconnect_all(&self) {
+        for index in 0..self.connections() {
+            self.reconnect(index);
+        }
     }
 
     /// Number of connections.
