@@ -7,7 +7,10 @@ use clap::Parser;
 
 use crate::{
     grpc::validation::MIN_TTL,
-    store::{redis::RedisSettings, switch::OnRecovery},
+    store::{
+        redis::{ClientTls, Identity, RedisSettings, Trust},
+        switch::OnRecovery,
+    },
 };
 
 /// Keeps the state of alert groups for the replicas of an alert-history
@@ -36,9 +39,11 @@ pub struct Settings {
     )]
     pub http_addr: SocketAddr,
 
-    /// Where Redis is, as redis://[[user]:password@]host[:port][/database], or for a cluster as
-    /// redis-cluster://[[user]:password@]host[:port][?node=host:port]. Without it, groups are kept
-    /// in memory and do not survive a restart.
+    /// Where Redis is: redis://[[user]:password@]host[:port][/database] or redis+unix:///path; a
+    /// cluster as redis-cluster://host[:port][?node=host:port]; by sentinels as
+    /// redis-sentinel://host[:port]?sentinelServiceName=name[&node=host:port]. With TLS rediss://,
+    /// rediss-cluster:// or rediss-sentinel://. Without it, groups are kept in memory and do not
+    /// survive a restart.
     #[arg(
         long,
         env = "GROUPSTATE_REDIS_URL",
@@ -75,6 +80,35 @@ pub struct Settings {
         requires = "redis_url"
     )]
     pub redis_password_file: Option<PathBuf>,
+
+    /// Certificates in PEM of the authorities that say who is Redis; by default those of the
+    /// system. Only with TLS.
+    #[arg(
+        long,
+        env = "GROUPSTATE_REDIS_CA",
+        value_name = "FILE",
+        requires = "redis_url"
+    )]
+    pub redis_ca: Option<PathBuf>,
+
+    /// Certificate in PEM by which we show Redis who we are, followed by those that it is based
+    /// on. Only with TLS.
+    #[arg(
+        long,
+        env = "GROUPSTATE_REDIS_CERT",
+        value_name = "FILE",
+        requires = "redis_key"
+    )]
+    pub redis_cert: Option<PathBuf>,
+
+    /// Private key of that certificate, in PEM.
+    #[arg(
+        long,
+        env = "GROUPSTATE_REDIS_KEY",
+        value_name = "FILE",
+        requires = "redis_cert"
+    )]
+    pub redis_key: Option<PathBuf>,
 
     /// What every key of ours in Redis begins with.
     #[arg(long, env = "GROUPSTATE_KEY_PREFIX", value_name = "TEXT", default_value = "group:",
@@ -262,14 +296,15 @@ impl Settings {
         self.redis().map(|_| ())
     }
 
-    /// How to reach Redis; None without `--redis-url`. Reads the password file.
+    /// How to reach Redis; None without `--redis-url`. Reads the files.
     pub fn redis(&self) -> Result<Option<RedisSettings>, String> {
         // Compose files leave a variable empty where they mean "not set".
         let Some(url) = self.redis_url.as_ref().filter(|url| !url.is_empty()) else {
             return Ok(None);
         };
         let pool_size = usize::from(self.redis_pool_size);
-        let mut redis = RedisSettings::new(url, pool_size, self.redis_timeout)
+        let tls = self.redis_tls()?;
+        let mut redis = RedisSettings::new(url, tls, pool_size, self.redis_timeout)
             .map_err(|error| format!("--redis-url: {error}"))?;
         if let Some(username) = &self.redis_username {
             redis.set_username(username.clone());
@@ -287,6 +322,27 @@ impl Settings {
             redis.set_password(password.to_owned());
         }
         Ok(Some(redis))
+    }
+
+    fn redis_tls(&self) -> Result<ClientTls, String> {
+        let read = |setting: &str, file: &PathBuf| {
+            let content = std::fs::read(file);
+            content.map_err(|error| format!("{setting} {}: {error}", file.display()))
+        };
+        let mut tls = ClientTls::default();
+        if let Some(file) = &self.redis_ca {
+            let trust = Trust::from_pem(&read("--redis-ca", file)?);
+            let trust = trust.map_err(|error| format!("--redis-ca {}: {error}", file.display()));
+            tls.trust = Some(trust?);
+        }
+        if let (Some(cert), Some(key)) = (&self.redis_cert, &self.redis_key) {
+            let identity =
+                Identity::from_pem(&read("--redis-cert", cert)?, &read("--redis-key", key)?);
+            let identity =
+                identity.map_err(|error| format!("--redis-cert {}: {error}", cert.display()));
+            tls.identity = Some(identity?);
+        }
+        Ok(tls)
     }
 }
 
@@ -401,7 +457,13 @@ mod tests {
                 &["--redis-url", "redis-sentinel://localhost"],
                 "--redis-url",
             ),
-            (&["--redis-url", "rediss://localhost"], "--redis-url"),
+            (&["--redis-url", "redis-cluster://host/1"], "--redis-url"),
+            (&["--redis-ca", "ca.pem"], "--redis-url"),
+            (&["--redis-cert", "cert.pem"], "--redis-key"),
+            (
+                &["--redis-url", "rediss://h", "--redis-ca", "/none.pem"],
+                "--redis-ca /none.pem",
+            ),
             (&["--redis-username", "x"], "--redis-url"),
             (&["--log-level", "loud"], "--log-level"),
             (&["--no-such-setting"], "--no-such-setting"),
@@ -430,6 +492,52 @@ mod tests {
         let settings = read(&["--redis-url", "redis://u:s3cret@host"]).unwrap();
         let redis = settings.redis().unwrap().unwrap();
         assert!(!format!("{redis:?}").contains("s3cret"));
+    }
+
+    #[test]
+    fn files_for_tls_are_read_and_what_is_wrong_with_them_is_said() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, content: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, content).unwrap();
+            path.display().to_string()
+        };
+        let issue = || rcgen::generate_simple_self_signed(["h".to_owned()]).unwrap();
+        let (ours, other) = (issue(), issue());
+        let cert = file("cert", &ours.cert.pem());
+        let key = file("key", &ours.signing_key.serialize_pem());
+        let other_key = file("other key", &other.signing_key.serialize_pem());
+        let nothing = file("nothing", "not in PEM");
+        let try_out = |url: &str, ca: &str, cert: &str, key: &str| {
+            let arguments = [
+                ["--redis-url", url],
+                ["--redis-ca", ca],
+                ["--redis-cert", cert],
+                ["--redis-key", key],
+            ];
+            read(arguments.as_flattened()).map_err(|(text, _)| text)
+        };
+        try_out("rediss://h", &cert, &cert, &key).unwrap();
+        for (url, ca, key, says) in [
+            (
+                "rediss://h",
+                &nothing,
+                &key,
+                "nothing: holds no certificate",
+            ),
+            (
+                "rediss://h",
+                &cert,
+                &other_key,
+                "not that of the certificate",
+            ),
+            ("rediss://h", &cert, &nothing, "holds no private key"),
+            ("redis://h", &cert, &key, "must begin with rediss://"),
+        ] {
+            let text = try_out(url, ca, &cert, key).unwrap_err();
+            assert!(text.contains(says), "{text}");
+            assert_eq!(text.lines().count(), 1, "{text}");
+        }
     }
 
     #[test]

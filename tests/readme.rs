@@ -211,33 +211,16 @@ async fn the_acl_line_is_enough_for_every_call_on_a_cluster() {
     makes_every_call_under_the_acl_line(&cluster.url(), &nodes).await;
 }
 
-async fn makes_every_call_under_the_acl_line(url: &str, nodes: &[&RedisServer]) {
-    let readme = readme();
-    let line = readme
-        .lines()
-        .find(|line| line.starts_with("user groupstate "))
-        .expect("the README has an ACL line");
-    let words: Vec<&str> = line.split(' ').skip(1).collect();
-    for node in nodes {
-        let mut set_user = redis::cmd("ACL");
-        let set_user = set_user.arg("SETUSER").arg(&words);
-        let () = set_user
-            .query_async(&mut node.connect().await)
-            .await
-            .unwrap();
-    }
+/// All servers of all tests know the service by this line.
+#[test]
+fn the_acl_line_is_the_one_of_the_file() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/redis/groupstate.acl");
+    let line = fs::read_to_string(path).unwrap();
+    assert!(readme().contains(&format!("\n{line}```\n")), "{line}");
+}
 
-    let folder = tempfile::tempdir().unwrap();
-    let password_file = folder.path().join("password");
-    fs::write(&password_file, "CHANGE-ME\n").unwrap();
-    let service = Service::start(&[
-        "--redis-url",
-        url,
-        "--redis-username",
-        "groupstate",
-        "--redis-password-file",
-        password_file.to_str().unwrap(),
-    ]);
+async fn makes_every_call_under_the_acl_line(url: &str, nodes: &[&RedisServer]) {
+    let service = Service::start(&["--redis-url", url]);
 
     let mut client = service.client().await;
     let group = |key: &str| pb::AlertGroup {

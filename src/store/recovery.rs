@@ -192,7 +192,7 @@ impl Watch {
                 (Err(_), _) => {}
             }
             if pong == Err(NoPong::Silence) {
-                self.redis.reconnect(connection).await;
+                self.redis.reconnect(connection);
             }
             tokio::time::sleep_until(sent + Self::HEARTBEAT).await;
         }
@@ -226,6 +226,7 @@ impl Watch {
     /// Probes Redis whenever the switch is open.
     async fn probe(self: Arc<Self>) {
         let mut status = self.switch.subscribe();
+        let mut moved = self.redis.moved();
         loop {
             match self.switch.next() {
                 Next::Probe(Probe::Ping) => match self.redis.ping_any(Self::PROBE_BOUND).await {
@@ -242,9 +243,19 @@ impl Watch {
                 },
                 Next::Probe(Probe::Write) => match self.probe_write().await {
                     Ok(server) => self.switch.write_succeeds(server),
-                    Err(failed) => self.switch.probe_fails(&failed.error.to_string()),
+                    Err(failed) => {
+                        self.switch.probe_fails(&failed.error.to_string());
+                        if failed.is_refused_by_replica() {
+                            // Its address may lead to the primary by now.
+                            self.redis.reconnect_all();
+                        }
+                    }
                 },
-                Next::Pause(pause) => tokio::time::sleep(pause).await,
+                Next::Pause(pause) => tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    // The sender lives as long as `redis`.
+                    _ = moved.changed() => self.switch.meets_another_server(),
+                },
                 Next::Nothing => {
                     // The switch outlives this task.
                     let _ = status.wait_for(|status| !status.closed).await;

@@ -27,7 +27,7 @@ use super::{
     watch::{self, Seen, resident_bytes},
     wire::FLEETING_TTL,
 };
-use crate::common::{late_requests::LateTally, service::Service};
+use crate::common::{late_requests::LateTally, redis_server, service::Service};
 
 /// A run to be made.
 #[derive(Clone, Debug)]
@@ -285,7 +285,7 @@ impl Stage {
 }
 
 async fn start_service(plan: &Plan, site: &Site, instance: usize) -> Service {
-    let url = format!("redis://{}", site.addr_for(instance));
+    let url = redis_server::url("redis", site.addr_for(instance));
     let policy = plan.policy.to_string();
     let mirror = MIRROR_MAX_BYTES.to_string();
     // It sleeps while it waits, which would hold up the clients of other runs.

@@ -3,6 +3,7 @@
 
 #![allow(dead_code, reason = "each test binary uses some of the helpers")]
 
+pub mod authority;
 pub mod fault_proxy;
 pub mod http;
 pub mod late_requests;
@@ -10,6 +11,7 @@ pub mod lossy_proxy;
 pub mod prometheus;
 pub mod proxy;
 pub mod redis_cluster;
+pub mod redis_sentinel;
 pub mod redis_server;
 pub mod resp;
 pub mod service;

@@ -1,7 +1,11 @@
 //! Attempts at a call: how many, how long, and what a failed one means for the
 //! next. Nothing else knows when to repeat a call.
 
-use std::{future::Future, sync::Mutex, time::Duration};
+use std::{
+    future::Future,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use fred::{
     prelude::{Client, ClientLike, Error, Options, Value},
@@ -11,8 +15,9 @@ use tokio::time::Instant;
 
 use super::{
     NotDone,
-    connection::{Connections, lock},
+    connection::Connections,
     fault::Fault,
+    link::{Link, lock},
     topology::{Node, Place},
 };
 use crate::{
@@ -51,6 +56,8 @@ pub struct Attempts<'a> {
 
 /// One attempt at a call.
 pub struct Attempt {
+    /// Lives at least as long as this.
+    pub link: Arc<Link>,
     client: Client,
     pub sent: Instant,
     /// A write is not executed later than this.
@@ -161,15 +168,17 @@ impl<'a> Attempts<'a> {
                 return None;
             }
             self.made += 1;
-            if let Some(client) = self.connections.client() {
-                return Some(self.attempt(client, now));
+            if let Some(link) = self.connections.link()
+                && let Some(client) = link.client()
+            {
+                return Some(self.attempt(link, client, now));
             }
             self.reason = self.connections.why_not();
         }
         None
     }
 
-    fn attempt(&self, client: Client, now: Instant) -> Attempt {
+    fn attempt(&self, link: Arc<Link>, client: Client, now: Instant) -> Attempt {
         if self.made > 1 {
             telemetry::redis_retries();
         }
@@ -177,6 +186,7 @@ impl<'a> Attempts<'a> {
         let share = |from: Instant| ((self.end - from) / 2).min(self.connections.timeout());
         let until = now + share(now);
         Attempt {
+            link,
             client,
             redirected: self.redirected,
             sent: now,

@@ -63,14 +63,21 @@ impl Fault {
 }
 
 /// The text of an error of fred for people: it prints those of the system in the
-/// form for programmers, `Os { code: 111, …, message: "Connection refused" }`.
+/// form for programmers, `Os { code: 111, …, message: "Connection refused" }`, and
+/// those of TLS as `Custom { kind: InvalidData, error: … }`.
 pub fn readable(error: &Error) -> &str {
     let text = error.details();
-    let message = text
-        .strip_prefix("Os {")
-        .and_then(|os| os.split_once("message: \""))
-        .and_then(|(_, message)| message.split_once('"'));
-    message.map_or(text, |(message, _)| message)
+    if let Some((_, message)) = text.split_once("message: \"")
+        && text.starts_with("Os {")
+    {
+        return message.trim_end_matches("\" }");
+    }
+    if let Some((_, inner)) = text.split_once("error: ")
+        && text.starts_with("Custom {")
+    {
+        return inner.trim_end_matches(" }").trim_matches('"');
+    }
+    text
 }
 
 /// Replies of Redis begin with a code in capitals (`ERR`, `LOADING`, …); fred's
@@ -114,6 +121,16 @@ mod tests {
             readable(&Error::new(ErrorKind::IO, text)),
             "Connection refused"
         );
+        for (inner, shown) in [
+            (
+                "InvalidCertificate(UnknownIssuer)",
+                "InvalidCertificate(UnknownIssuer)",
+            ),
+            ("\"failed to lookup\"", "failed to lookup"),
+        ] {
+            let text = format!("Custom {{ kind: InvalidData, error: {inner} }}");
+            assert_eq!(readable(&Error::new(ErrorKind::IO, text)), shown);
+        }
         let text = "WRONGPASS invalid username-password pair or user is disabled.";
         assert_eq!(readable(&Error::new(ErrorKind::Auth, text)), text);
     }
