@@ -7,6 +7,7 @@
 //! |---|---|
 //! | [`config`] | every setting, its default, its check |
 //! | [`telemetry`] | logs and metrics |
+//! | [`reload`] | what is read from files and read again when they change |
 //! | [`server`] | puts the parts together; start and graceful stop |
 //! | [`admin`] | the HTTP port: probes, health, metrics |
 //! | [`grpc`] | the protobuf surface |
@@ -22,6 +23,7 @@ pub mod config;
 pub mod document;
 pub mod group;
 pub mod grpc;
+pub mod reload;
 pub mod server;
 pub mod store;
 pub mod telemetry;

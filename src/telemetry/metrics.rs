@@ -125,6 +125,21 @@ label! {
     }
 }
 
+label! {
+    /// What is read from files and read again when they change, by the name of its
+    /// setting.
+    FileSetting {
+        /// The certificate and its key.
+        TlsCert = "tls-cert",
+        TlsClientCa = "tls-client-ca",
+        AuthTokenFile = "auth-token-file",
+        RedisPasswordFile = "redis-password-file",
+        RedisCa = "redis-ca",
+        /// The certificate and its key.
+        RedisCert = "redis-cert",
+    }
+}
+
 /// What counts. The places of an array are those of the label's `ALL`.
 struct Meters {
     /// By operation, then by result.
@@ -152,6 +167,7 @@ struct Meters {
     redis_durations: Vec<Histogram>,
     redis_retries: Counter,
     redis_may_evict: Gauge,
+    reload_failures: Vec<Counter>,
 }
 
 /// One attempt at Redis; it is measured when this is dropped.
@@ -337,6 +353,13 @@ impl Meters {
                 Unit::Count,
                 &[],
             ),
+            reload_failures: each(FileSetting::ALL, |file| {
+                counter(
+                    "reload_failures_total",
+                    "Looks at a file that has changed and is of no use; what was read before stays.",
+                    &[("file", file.name())],
+                )
+            }),
         }
     }
 }
@@ -484,6 +507,23 @@ pub fn redis_retries() {
 /// Whether Redis throws groups away when its memory is full.
 pub fn redis_may_evict(may: bool) {
     METERS.redis_may_evict.set(u8::from(may));
+}
+
+/// The files of a setting have changed and are of no use, now or still.
+pub fn reload_failed(setting: FileSetting) {
+    METERS.reload_failures[setting as usize].increment(1);
+}
+
+/// A certificate that is in use ends at this time, in seconds of the Unix epoch.
+/// Only of certificates that there are: a 0 would say that they have expired.
+pub fn certificate_expires(setting: FileSetting, at: i64) {
+    gauge(
+        "certificate_expiry_timestamp_seconds",
+        "When the certificate in use expires, of several the first; in seconds of the Unix epoch.",
+        Unit::Seconds,
+        &[("file", setting.name())],
+    )
+    .set(at as f64);
 }
 
 // === impl RedisAttempt ===

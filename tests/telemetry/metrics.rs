@@ -46,6 +46,15 @@ const RESULTS: [&str; 10] = [
     "error",
 ];
 
+const FILES: [&str; 6] = [
+    "tls-cert",
+    "tls-client-ca",
+    "auth-token-file",
+    "redis-password-file",
+    "redis-ca",
+    "redis-cert",
+];
+
 const COMMANDS: [&str; 6] = ["write", "delete", "restore", "read", "scan", "other"];
 
 const BUCKETS: [&str; 25] = [
@@ -55,7 +64,7 @@ const BUCKETS: [&str; 25] = [
 ];
 
 /// What dashboards and rules are written against: name and type.
-const METRICS: [(&str, &str); 24] = [
+const METRICS: [(&str, &str); 25] = [
     ("build_info", "gauge"),
     ("calls_shed_total", "counter"),
     ("degraded_writes_carried_total", "counter"),
@@ -73,6 +82,7 @@ const METRICS: [(&str, &str); 24] = [
     ("redis_duration_seconds", "histogram"),
     ("redis_may_evict", "gauge"),
     ("redis_retries_total", "counter"),
+    ("reload_failures_total", "counter"),
     ("storage_duration_seconds", "histogram"),
     ("storage_fallback_total", "counter"),
     ("storage_health", "gauge"),
@@ -104,6 +114,9 @@ fn assert_all_zero(scrape: &Scrape) {
     }
     for limit in ["max-concurrent-calls", "max-scans"] {
         zero(&format!(r#"calls_shed_total{{limit="{limit}"}}"#));
+    }
+    for file in FILES {
+        zero(&format!(r#"reload_failures_total{{file="{file}"}}"#));
     }
     for series in [
         "storage_operations_in_flight",
