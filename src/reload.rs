@@ -27,6 +27,9 @@ pub struct Watcher<T> {
     is_good: bool,
 }
 
+/// A value and what keeps it up to date, of a setting that may be absent.
+pub type Opened<T> = Result<Option<(Watched<T>, Watcher<T>)>, String>;
+
 /// Makes a value of the contents of all files, in their order. Its errors reach the
 /// log: they must not repeat what is secret.
 type Parse<T> = Box<dyn Fn(&[Vec<u8>]) -> Result<T, String> + Send + Sync>;

@@ -64,9 +64,11 @@ const BUCKETS: [&str; 25] = [
 ];
 
 /// What dashboards and rules are written against: name and type.
-const METRICS: [(&str, &str); 25] = [
+const METRICS: [(&str, &str); 27] = [
     ("build_info", "gauge"),
     ("calls_shed_total", "counter"),
+    ("connection_failures_total", "counter"),
+    ("connections", "gauge"),
     ("degraded_writes_carried_total", "counter"),
     ("degraded_writes_discarded_total", "counter"),
     ("degraded_writes_merged_total", "counter"),
@@ -112,13 +114,19 @@ fn assert_all_zero(scrape: &Scrape) {
     for command in COMMANDS {
         assert_histogram(scrape, "redis_duration_seconds", "command", command);
     }
-    for limit in ["max-concurrent-calls", "max-scans"] {
+    for limit in ["max-concurrent-calls", "max-inflight-bytes", "max-scans"] {
         zero(&format!(r#"calls_shed_total{{limit="{limit}"}}"#));
+    }
+    for reason in ["max-connections", "handshake", "timeout"] {
+        zero(&format!(
+            r#"connection_failures_total{{reason="{reason}"}}"#
+        ));
     }
     for file in FILES {
         zero(&format!(r#"reload_failures_total{{file="{file}"}}"#));
     }
     for series in [
+        "connections",
         "storage_operations_in_flight",
         "storage_recovery_total",
         "groups_restored_total",
