@@ -461,6 +461,32 @@ async fn while_redis_is_down_the_switch_and_what_is_dirty_show() {
 }
 
 #[tokio::test]
+async fn a_policy_that_is_set_while_redis_runs_is_noticed() {
+    let redis = RedisServer::start().await;
+    let service = Service::start(&["--redis-url", &redis.url()]);
+    let mut direct = redis.connect().await;
+    let warning = "maxmemory-policy is not noeviction";
+    for (policy, may_evict) in [
+        ("noeviction", 0.0),
+        ("allkeys-lru", 1.0),
+        ("noeviction", 0.0),
+    ] {
+        let mut command = redis::cmd("CONFIG");
+        let command = command.arg("SET").arg("maxmemory-policy").arg(policy);
+        let _: redis::Value = command.query_async(&mut direct).await.unwrap();
+        wait_until("it is noticed", Duration::from_secs(20), async || {
+            Scrape::of(&service).await.value("redis_may_evict") == may_evict
+        })
+        .await;
+    }
+    let log = service.log();
+    let warnings = log.iter().filter(|line| line.contains(warning));
+    assert_eq!(warnings.count(), 1, "{log:#?}");
+    let switched = Scrape::of(&service).await;
+    assert_eq!(switched.value("storage_recovery_total"), 0.0);
+}
+
+#[tokio::test]
 async fn attempts_beyond_the_first_are_counted() {
     let redis = RedisServer::start().await;
     let service = Service::start(&["--redis-url", &redis.url(), "--trip-after", "20s"]);
