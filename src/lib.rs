@@ -6,7 +6,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`config`] | every setting, its default, its check |
-//! | [`telemetry`] | logs and metrics |
+//! | [`telemetry`] | logs, metrics and traces |
 //! | [`server`] | puts the parts together; start and graceful stop |
 //! | [`admin`] | the HTTP port: probes, health, metrics |
 //! | [`grpc`] | the protobuf surface |

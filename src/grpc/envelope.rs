@@ -129,7 +129,8 @@ where
                 }
             };
             request.extensions_mut().insert(context.clone());
-            let handled = AssertUnwindSafe(inner.call(request)).catch_unwind();
+            let handled = context.work(inner.call(request));
+            let handled = AssertUnwindSafe(handled).catch_unwind();
             let handled = match context.deadline().instant() {
                 Some(deadline) => tokio::time::timeout_at(deadline, handled).await,
                 None => Ok(handled.await),

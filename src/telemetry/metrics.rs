@@ -152,6 +152,7 @@ struct Meters {
     redis_durations: Vec<Histogram>,
     redis_retries: Counter,
     redis_may_evict: Gauge,
+    spans_dropped: Counter,
 }
 
 /// One attempt at Redis; it is measured when this is dropped.
@@ -337,6 +338,11 @@ impl Meters {
                 Unit::Count,
                 &[],
             ),
+            spans_dropped: counter(
+                "trace_spans_dropped_total",
+                "Spans of traces that the collector did not take, or that came too fast to be sent.",
+                &[],
+            ),
         }
     }
 }
@@ -484,6 +490,11 @@ pub fn redis_retries() {
 /// Whether Redis throws groups away when its memory is full.
 pub fn redis_may_evict(may: bool) {
     METERS.redis_may_evict.set(u8::from(may));
+}
+
+/// Spans of traces are lost.
+pub(super) fn spans_dropped(count: usize) {
+    METERS.spans_dropped.increment(count as u64);
 }
 
 // === impl RedisAttempt ===

@@ -55,7 +55,7 @@ const BUCKETS: [&str; 25] = [
 ];
 
 /// What dashboards and rules are written against: name and type.
-const METRICS: [(&str, &str); 24] = [
+const METRICS: [(&str, &str); 25] = [
     ("build_info", "gauge"),
     ("calls_shed_total", "counter"),
     ("degraded_writes_carried_total", "counter"),
@@ -80,6 +80,7 @@ const METRICS: [(&str, &str); 24] = [
     ("storage_operations_total", "counter"),
     ("storage_recovery_total", "counter"),
     ("switch_state", "gauge"),
+    ("trace_spans_dropped_total", "counter"),
 ];
 
 /// Asserts that every series is there whose value is 0 at first.
@@ -120,6 +121,7 @@ fn assert_all_zero(scrape: &Scrape) {
         "mirror_dirty_bytes",
         "redis_retries_total",
         "redis_may_evict",
+        "trace_spans_dropped_total",
         r#"storage_fallback_total{reason="redis_error"}"#,
     ] {
         zero(series);

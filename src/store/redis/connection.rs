@@ -41,6 +41,8 @@ pub struct RedisSettings {
 #[derive(Clone)]
 pub struct Connections {
     pool: Pool,
+    /// None: it is not always the same one.
+    only_server: Option<Arc<Server>>,
     /// The time one command gets at most.
     timeout: Duration,
     topology: Arc<Mutex<Arc<Topology>>>,
@@ -165,8 +167,13 @@ impl Connections {
         } else {
             Topology::single()
         };
+        let only_server = match &settings.config.server {
+            ServerConfig::Centralized { server } => Some(Arc::new(server.clone())),
+            _ => None,
+        };
         let connections = Self {
             pool,
+            only_server,
             timeout: settings.timeout,
             topology: Arc::new(Mutex::new(Arc::new(topology))),
             clocks: Arc::default(),
@@ -328,6 +335,11 @@ impl Connections {
     pub fn client(&self) -> Option<Client> {
         let client = self.pool.next_connected();
         client.is_connected().then(|| client.clone())
+    }
+
+    /// The server that is connected, if it is always the same one.
+    pub fn only_server(&self) -> Option<&Arc<Server>> {
+        self.only_server.as_ref()
     }
 
     /// The time one command gets at most.
