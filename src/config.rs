@@ -4,6 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use bytesize::ByteSize;
 use clap::Parser;
+use http::{Uri, uri::Scheme};
 
 use crate::{
     auth::Tokens,
@@ -272,6 +273,16 @@ pub struct Settings {
         default_value = "auto"
     )]
     pub log_format: LogFormat,
+
+    /// Collector that traces are sent to, by OTLP over gRPC, such as http://localhost:4317.
+    /// Without it, there are none.
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
+
+    /// Share of the calls that are traced among those whose caller does not say; 0 to 1.
+    #[arg(long, env = "GROUPSTATE_OTLP_SAMPLE_RATIO", value_name = "RATIO", default_value = "1",
+          value_parser = ratio)]
+    pub otlp_sample_ratio: f64,
 }
 
 /// See `--log-level`.
@@ -359,6 +370,7 @@ impl Settings {
         self.tokens()?;
         self.identity()?;
         self.client_ca()?;
+        self.otlp_endpoint()?;
         self.redis().map(|_| ())
     }
 
@@ -390,6 +402,22 @@ impl Settings {
         };
         let files = vec![file.clone()];
         Watched::open(FileSetting::TlsClientCa, files, Authorities::parse).map(Some)
+    }
+
+    /// Where traces are sent; None: nowhere.
+    pub fn otlp_endpoint(&self) -> Result<Option<&str>, String> {
+        let Some(url) = self.otlp_endpoint.as_ref().filter(|url| !url.is_empty()) else {
+            return Ok(None);
+        };
+        // Without TLS, and without credentials, which the log would show.
+        let is_plain = |uri: &Uri| {
+            uri.scheme() == Some(&Scheme::HTTP)
+                && uri.authority().is_some_and(|it| !it.as_str().contains('@'))
+        };
+        match url.parse() {
+            Ok(uri) if is_plain(&uri) => Ok(Some(url)),
+            _ => Err("--otlp-endpoint must be of the form http://localhost:4317".into()),
+        }
     }
 
     /// How to reach Redis; None without `--redis-url`. Reads the files.
@@ -527,6 +555,13 @@ fn count(text: &str) -> Result<usize, String> {
     }
 }
 
+fn ratio(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(ratio) if (0.0..=1.0).contains(&ratio) => Ok(ratio),
+        _ => Err("must be from 0 to 1".into()),
+    }
+}
+
 fn key_prefix(text: &str) -> Result<String, String> {
     if text.is_empty() || text.chars().any(char::is_control) {
         return Err("must not be empty or hold control characters".into());
@@ -553,6 +588,8 @@ mod tests {
         assert_eq!(settings.max_request_bytes, 16 << 20);
         assert!(settings.redis().unwrap().is_none());
         assert!(read(&["--redis-url="]).unwrap().redis().unwrap().is_none());
+        let settings = read(&["--otlp-endpoint="]).unwrap();
+        assert_eq!(settings.otlp_endpoint(), Ok(None));
     }
 
     #[test]
@@ -600,6 +637,14 @@ mod tests {
             ),
             (&["--redis-username", "x"], "--redis-url"),
             (&["--log-level", "loud"], "--log-level"),
+            (&["--otlp-endpoint", "localhost:4317"], "--otlp-endpoint"),
+            (&["--otlp-endpoint", "https://host:4317"], "--otlp-endpoint"),
+            (
+                &["--otlp-endpoint", "http://me:s3cret@host"],
+                "--otlp-endpoint",
+            ),
+            (&["--otlp-sample-ratio", "1.1"], "--otlp-sample-ratio"),
+            (&["--otlp-sample-ratio", "NaN"], "--otlp-sample-ratio"),
             (&["--no-such-setting"], "--no-such-setting"),
             (&["--grpc-addr", "here"], "--grpc-addr"),
         ] {

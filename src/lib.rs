@@ -6,7 +6,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`config`] | every setting, its default, its check |
-//! | [`telemetry`] | logs and metrics |
+//! | [`telemetry`] | logs, metrics and traces |
 //! | [`reload`] | what is read from files and read again when they change |
 //! | [`server`] | puts the parts together; start and graceful stop |
 //! | [`connections`] | the connections of clients |

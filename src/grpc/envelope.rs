@@ -156,7 +156,8 @@ where
                 };
                 let mut request = Request::from_parts(parts, body);
                 request.extensions_mut().insert(context.clone());
-                let handled = AssertUnwindSafe(inner.call(request)).catch_unwind();
+                let handled = context.work(inner.call(request));
+                let handled = AssertUnwindSafe(handled).catch_unwind();
                 handled.await.map_err(|_panic| {
                     context.panicked();
                     CallError::internal()

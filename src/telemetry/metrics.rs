@@ -183,6 +183,7 @@ struct Meters {
     reload_failures: Vec<Counter>,
     connections: Gauge,
     connection_failures: Vec<Counter>,
+    spans_dropped: Counter,
 }
 
 /// A connection of a client that is open as long as this is held.
@@ -391,6 +392,11 @@ impl Meters {
                     &[("file", file.name())],
                 )
             }),
+            spans_dropped: counter(
+                "trace_spans_dropped_total",
+                "Spans of traces that the collector did not take, or that came too fast to be sent.",
+                &[],
+            ),
         }
     }
 }
@@ -567,6 +573,11 @@ pub fn certificate_expires(setting: FileSetting, at: i64) {
         &[("file", setting.name())],
     )
     .set(at as f64);
+}
+
+/// Spans of traces are lost.
+pub(super) fn spans_dropped(count: usize) {
+    METERS.spans_dropped.increment(count as u64);
 }
 
 // === impl OpenConnection ===

@@ -64,7 +64,7 @@ const BUCKETS: [&str; 25] = [
 ];
 
 /// What dashboards and rules are written against: name and type.
-const METRICS: [(&str, &str); 27] = [
+const METRICS: [(&str, &str); 28] = [
     ("build_info", "gauge"),
     ("calls_shed_total", "counter"),
     ("connection_failures_total", "counter"),
@@ -92,6 +92,7 @@ const METRICS: [(&str, &str); 27] = [
     ("storage_operations_total", "counter"),
     ("storage_recovery_total", "counter"),
     ("switch_state", "gauge"),
+    ("trace_spans_dropped_total", "counter"),
 ];
 
 /// Asserts that every series is there whose value is 0 at first.
@@ -141,6 +142,7 @@ fn assert_all_zero(scrape: &Scrape) {
         "mirror_dirty_bytes",
         "redis_retries_total",
         "redis_may_evict",
+        "trace_spans_dropped_total",
         r#"storage_fallback_total{reason="redis_error"}"#,
     ] {
         zero(series);
@@ -479,6 +481,32 @@ async fn while_redis_is_down_the_switch_and_what_is_dirty_show() {
     assert_eq!(scrape.value("degraded_writes_discarded_total"), 1.0);
     assert_eq!(scrape.value("mirror_dirty_bytes"), 0.0);
     assert_eq!(scrape.value("redis_may_evict"), 0.0);
+}
+
+#[tokio::test]
+async fn a_policy_that_is_set_while_redis_runs_is_noticed() {
+    let redis = RedisServer::start().await;
+    let service = Service::start(&["--redis-url", &redis.url()]);
+    let mut direct = redis.connect().await;
+    let warning = "maxmemory-policy is not noeviction";
+    for (policy, may_evict) in [
+        ("noeviction", 0.0),
+        ("allkeys-lru", 1.0),
+        ("noeviction", 0.0),
+    ] {
+        let mut command = redis::cmd("CONFIG");
+        let command = command.arg("SET").arg("maxmemory-policy").arg(policy);
+        let _: redis::Value = command.query_async(&mut direct).await.unwrap();
+        wait_until("it is noticed", Duration::from_secs(20), async || {
+            Scrape::of(&service).await.value("redis_may_evict") == may_evict
+        })
+        .await;
+    }
+    let log = service.log();
+    let warnings = log.iter().filter(|line| line.contains(warning));
+    assert_eq!(warnings.count(), 1, "{log:#?}");
+    let switched = Scrape::of(&service).await;
+    assert_eq!(switched.value("storage_recovery_total"), 0.0);
 }
 
 #[tokio::test]

@@ -1,5 +1,7 @@
 //! What an error of fred or Redis means for the call that met it.
 
+use std::borrow::Cow;
+
 use fred::prelude::{Error, ErrorKind};
 
 use crate::store::StoreError;
@@ -49,6 +51,22 @@ impl Fault {
             Self::Final(StoreError::ForeignType)
         } else {
             Self::NotRun(text.to_owned())
+        }
+    }
+
+    /// One word of a small vocabulary: the code of an error reply of Redis, or
+    /// what there is instead.
+    pub fn kind(&self) -> Cow<'static, str> {
+        match self {
+            Self::NotRun(text) | Self::Lost(text) if is_reply_of_redis(text) => {
+                text.split(' ').next().unwrap_or_default().to_owned().into()
+            }
+            Self::NotRun(_) => "not_sent".into(),
+            Self::Lost(_) => "no_answer".into(),
+            Self::NoScript => "NOSCRIPT".into(),
+            Self::Redirected => "redirected".into(),
+            Self::Final(StoreError::ForeignType) => "WRONGTYPE".into(),
+            Self::Final(_) => "error".into(),
         }
     }
 
@@ -112,6 +130,20 @@ mod tests {
             "WRONGTYPE Operation against a key",
         );
         assert_eq!(Fault::of(&error), Fault::Final(StoreError::ForeignType));
+    }
+
+    #[test]
+    fn the_kind_of_a_fault_is_one_word() {
+        let faults = [
+            (Fault::of_reply("READONLY You can't write"), "READONLY"),
+            (Fault::of_reply("NOSCRIPT No matching script."), "NOSCRIPT"),
+            (Fault::of_reply("WRONGTYPE Operation against"), "WRONGTYPE"),
+            (Fault::NotRun("connecting again".into()), "not_sent"),
+            (Fault::Lost("no answer in time".into()), "no_answer"),
+        ];
+        for (fault, kind) in faults {
+            assert_eq!(fault.kind(), kind);
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use fred::{
     interfaces::ClusterInterface,
     prelude::{
         Builder, Client, ClientLike, Config, ConnectionConfig, Error, EventInterface,
-        PerformanceConfig, Pool, ReconnectPolicy, Server, Value,
+        PerformanceConfig, Pool, ReconnectPolicy, Server, ServerConfig, Value,
     },
 };
 use futures::future::join_all;
@@ -36,6 +36,8 @@ use crate::{
 /// are closed when this is dropped.
 pub struct Link {
     pool: Pool,
+    /// None: a cluster, or a socket.
+    only_server: Option<Arc<Server>>,
     known: Arc<Known>,
     /// Tells each client to let go of its connection.
     renewals: Vec<Arc<Notify>>,
@@ -98,6 +100,10 @@ impl Link {
         } else {
             Topology::single()
         };
+        let only_server = match &config.server {
+            ServerConfig::Centralized { server } => Some(Arc::new(server.clone())),
+            _ => None,
+        };
         let pool = Builder::from_config(config)
             .with_performance_config(|config: &mut PerformanceConfig| {
                 // The only timeout that takes a command back out of fred's
@@ -139,10 +145,16 @@ impl Link {
         }
         Ok(Self {
             pool,
+            only_server,
             known,
             renewals,
             _tasks: tasks,
         })
+    }
+
+    /// The server at the other end, if there is just one.
+    pub fn only_server(&self) -> Option<&Arc<Server>> {
+        self.only_server.as_ref()
     }
 
     /// Whether every connection of the pool is there.
