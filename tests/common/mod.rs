@@ -3,6 +3,7 @@
 
 #![allow(dead_code, reason = "each test binary uses some of the helpers")]
 
+pub mod examples;
 pub mod fault_proxy;
 pub mod http;
 pub mod late_requests;
