@@ -136,8 +136,8 @@ func (e *StorageError) Unwrap() error { return e.Err }
 
 // OutcomeUnknownError (NEW) says that it cannot be told whether a write happened: its
 // answer was lost on the way from Redis, or on the way to us. Load the group and
-// apply the change again; Storing the same group again would be a lost race if the
-// write has happened.
+// apply the change again: if the write has happened, to store the group once more is
+// a lost race.
 type OutcomeUnknownError struct {
 	Operation string
 	Key       GroupKey
