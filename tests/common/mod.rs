@@ -5,6 +5,7 @@
 
 pub mod authority;
 pub mod certificates;
+pub mod examples;
 pub mod fault_proxy;
 pub mod http;
 pub mod late_requests;
