@@ -15,6 +15,7 @@ pub mod proxy;
 pub mod redis_cluster;
 pub mod redis_sentinel;
 pub mod redis_server;
+pub mod replicated;
 pub mod resp;
 pub mod service;
 

@@ -185,6 +185,11 @@ impl RedisCluster {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }
+        self.wait_until_followed().await;
+    }
+
+    /// Waits until every replica follows its primary.
+    pub async fn wait_until_followed(&self) {
         self.wait_until_whole().await;
         for (replica, primary) in self.replicas.iter().zip(&self.primaries) {
             wait_until_in_sync(replica, primary).await;
@@ -253,19 +258,21 @@ async fn setting(node: &RedisServer, name: &str) -> String {
 
 async fn wait_until_in_sync(replica: &RedisServer, primary: &RedisServer) {
     let begin = Instant::now();
-    let mut connection = replica.connect().await;
     loop {
-        let info: String = redis::cmd("INFO")
+        // A change of its role ends all connections.
+        let info: Result<String, _> = redis::cmd("INFO")
             .arg("replication")
-            .query_async(&mut connection)
-            .await
-            .unwrap();
-        if info.contains("master_link_status:up") {
+            .query_async(&mut replica.connect().await)
+            .await;
+        if info
+            .as_ref()
+            .is_ok_and(|info| info.contains("master_link_status:up"))
+        {
             return;
         }
         assert!(
             begin.elapsed() < Duration::from_secs(20),
-            "{} does not follow {}: {info}",
+            "{} does not follow {}: {info:?}",
             replica.addr(),
             primary.addr()
         );

@@ -117,8 +117,7 @@ impl RedisSentinel {
 /// connections.
 pub async fn is_primary(server: &RedisServer) -> bool {
     let ask = async || -> redis::RedisResult<String> {
-        let client = redis::Client::open(server.admin_url())?;
-        let mut connection = client.get_multiplexed_async_connection().await?;
+        let mut connection = server.try_to_connect().await?;
         let mut info = redis::cmd("INFO");
         info.arg("replication").query_async(&mut connection).await
     };
