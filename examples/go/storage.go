@@ -2,8 +2,8 @@
 // Storage is a GroupStorage, in the place of the service's own RedisGroupStorage.
 //
 // Copy storage.go, failures.go, convert.go and instances.go into the service's
-// package grouping, and see grouping.go for what else is new. The stubs are generated, by protoc and
-// its plugins protoc-gen-go and protoc-gen-go-grpc:
+// package grouping, and see grouping.go for what else is new. The stubs are
+// generated, by protoc and its plugins protoc-gen-go and protoc-gen-go-grpc:
 //
 //	go generate && go mod tidy
 //	go run ./demo localhost:50051
