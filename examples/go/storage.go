@@ -1,9 +1,9 @@
 // Package grouping keeps the groups of the Go alert-history service in groupstate:
 // Storage is a GroupStorage, in the place of the service's own RedisGroupStorage.
 //
-// Copy storage.go, convert.go and instances.go into the service's package grouping,
-// and see grouping.go for what else is new. The stubs are generated, by protoc and
-// its plugins protoc-gen-go and protoc-gen-go-grpc:
+// Copy storage.go, failures.go, convert.go and instances.go into the service's
+// package grouping, and see grouping.go for what else is new. The stubs are
+// generated, by protoc and its plugins protoc-gen-go and protoc-gen-go-grpc:
 //
 //	go generate && go mod tidy
 //	go run ./demo localhost:50051
@@ -27,10 +27,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand"
 	"time"
 
-	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -47,11 +45,6 @@ const (
 	callTimeout = 2 * time.Second
 	// Deadline of a listing, which reads every key there is, and of a batch.
 	listingTimeout = 60 * time.Second
-	// How long a change or a read is begun anew, before its last error is returned:
-	// longer than it takes to notice that an instance hangs (see keepalive).
-	patience = 15 * time.Second
-	// The pause before a second attempt, doubled for each further one.
-	firstBackoff, longestBackoff = 10 * time.Millisecond, 500 * time.Millisecond
 	// Size of a batch, well below --max-groups-per-batch and --max-request-bytes, and
 	// with keys of 4 KiB below 512 KiB of keys.
 	batchGroups, batchBytes = 100, 4 << 20
@@ -454,113 +447,4 @@ func (s *Storage) read(ctx context.Context, key GroupKey, timeout time.Duration,
 		return ctx.Err()
 	}
 	return err
-}
-
-// === What can go wrong ===
-
-const reasonPrefix = "ERROR_REASON_"
-
-// Reason is the name of an ErrorReason in the proto, such as "UNREADABLE_DOCUMENT".
-// It is empty if an error is none of the service but of the gRPC library, such as a
-// connection that broke.
-func Reason(err error) string {
-	info, _ := details(err)
-	return info.GetReason()
-}
-
-// withStatus is an error of a call, be it of the service or of the gRPC library.
-type withStatus interface{ GRPCStatus() *status.Status }
-
-func details(err error) (info *errdetails.ErrorInfo, retry *errdetails.RetryInfo) {
-	var call withStatus
-	if !errors.As(err, &call) {
-		return nil, nil
-	}
-	for _, detail := range call.GRPCStatus().Details() {
-		switch detail := detail.(type) {
-		case *errdetails.ErrorInfo:
-			if detail.Domain == "groupstate" {
-				info = detail
-			}
-		case *errdetails.RetryInfo:
-			retry = detail
-		}
-	}
-	return info, retry
-}
-
-// isUnknown says whether an error leaves open what became of a call.
-func isUnknown(err error) bool {
-	var call withStatus
-	if !errors.As(err, &call) {
-		return false
-	}
-	switch Reason(err) {
-	case "", "OUTCOME_UNKNOWN", "DEADLINE_EXCEEDED", "CANCELLED", "INTERNAL":
-		return true
-	}
-	return false
-}
-
-func writeFailure(operation string, key GroupKey, err error) error {
-	if isUnknown(err) {
-		return &OutcomeUnknownError{operation, key, err}
-	}
-	return readFailure(operation, key, err)
-}
-
-func readFailure(operation string, key GroupKey, err error) error {
-	if err == nil {
-		return nil
-	}
-	if info, _ := details(err); info.GetReason() == "GROUP_NOT_FOUND" {
-		return &GroupNotFoundError{Key: key, Authoritative: info.Metadata["authoritative"] != "false"}
-	}
-	return &StorageError{operation, err}
-}
-
-func problemOf(problem *pb.GroupError) Problem {
-	reason := ""
-	if problem.Reason != pb.ErrorReason_ERROR_REASON_UNSPECIFIED {
-		reason = problem.Reason.String()[len(reasonPrefix):]
-	}
-	return Problem{GroupKey(problem.Key), codes.Code(problem.Code), reason, problem.Message}
-}
-
-// turns are those of a loop that tries again, each after a pause. Its length is
-// random, so that two clients which have met once do not go on meeting.
-type turns struct {
-	begun    bool
-	giveUpAt time.Time
-	longest  time.Duration
-}
-
-func newTurns() *turns {
-	return &turns{giveUpAt: time.Now().Add(patience), longest: firstBackoff}
-}
-
-// next says whether there is another turn after one that ended so, and pauses.
-func (t *turns) next(ctx context.Context, err error) bool {
-	if !t.begun {
-		t.begun = true
-		return true
-	}
-	var mismatch *ErrVersionMismatch
-	info, retry := details(err)
-	again := isUnknown(err) || errors.As(err, &mismatch) || retry != nil || info.GetReason() == "LISTING_RESTARTED"
-	if !again || time.Now().After(t.giveUpAt) {
-		return false
-	}
-	pause := retry.GetRetryDelay().AsDuration() + time.Duration(rand.Int63n(int64(t.longest)))
-	if t.longest *= 2; t.longest > longestBackoff {
-		t.longest = longestBackoff
-	}
-	timer := time.NewTimer(pause)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-timer.C:
-		return true
-	}
 }
