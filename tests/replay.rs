@@ -8,13 +8,12 @@ mod common;
 use std::{
     collections::BTreeMap,
     io::{Read, Write},
-    path::PathBuf,
     process::{Command, Stdio},
     time::Duration,
 };
 
 use common::{
-    Process, free_address,
+    Process, example, free_address,
     redis_server::RedisServer,
     service::{Client, Service},
     wait_until,
@@ -308,14 +307,6 @@ impl Ended {
             .and_then(|value| value.parse().ok())
             .unwrap_or_else(|| panic!("no number {name:?}: {self:?}"))
     }
-}
-
-/// An example of this package, which lies beside the folder of this test.
-/// `cargo test --test replay` alone takes it as it was built last.
-fn example(name: &str) -> PathBuf {
-    let this_test = std::env::current_exe().unwrap();
-    let profile = this_test.parent().unwrap().parent().unwrap();
-    profile.join("examples").join(name)
 }
 
 // === made-up webhooks ===
