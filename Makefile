@@ -22,7 +22,7 @@ chaos: tools ## Try many fault schedules; SEEDS=1..100 (or a count), POLICY=disc
 	CHAOS_SEEDS='$(SEEDS)' CHAOS_POLICY='$(POLICY)' CHAOS_JOBS='$(JOBS)' \
 		cargo test --locked --test chaos many_seeds -- --ignored --nocapture
 
-replicas: tools ## Kill replicas, instances and Redis at random, and print a table; REPLICA_SEEDS=5 runs of each size
+replicas: tools ## Kill replicas, instances and Redis at random, and print a table; REPLICA_SEEDS=3 runs of each size
 	cargo build --locked --example alert_history_replica
 	REPLICA_SEEDS='$(REPLICA_SEEDS)' \
 		cargo test --locked --test replicas table -- --ignored --nocapture

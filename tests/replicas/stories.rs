@@ -1,7 +1,7 @@
 //! Use cases of the product, step by step. A third one, of the time that a group
 //! lives, is in `tests/manager/main.rs`.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, process::Command};
 
 use groupstate::group::Time;
 use redis::AsyncCommands;
@@ -65,6 +65,29 @@ async fn redis_is_lost_and_restored() {
     let document: String = redis.get(format!("group:{KEY}")).await.unwrap();
     let group = serde_json::from_str(&document).unwrap();
     assert_eq!(fingerprints(&group), ["after", "before", "during"]);
+}
+
+/// The block marked `<!-- replica -->`, and what it says.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_commands_of_the_readme_answer_what_it_shows() {
+    let site = Site::start(1).await;
+    let folder = env!("CARGO_MANIFEST_DIR");
+    let readme = std::fs::read_to_string(format!("{folder}/README.md")).unwrap();
+    let (_, marked) = readme.split_once("<!-- replica -->\n```sh\n").unwrap();
+    let (commands, rest) = marked.split_once("```").unwrap();
+    let (shown, _) = rest
+        .trim_start()
+        .trim_start_matches("```text\n")
+        .split_once("```")
+        .unwrap();
+    let commands = commands.replace("localhost:8080", site.replicas[0].addr());
+    let output = Command::new("bash")
+        .args(["-c", &commands])
+        .current_dir(folder)
+        .output()
+        .expect("bash is there: install bash, and curl");
+    let output = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output, shown, "{commands}");
 }
 
 async fn alerts(replica: &Replica, key: &str) -> Vec<String> {

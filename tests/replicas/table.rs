@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::{faults, load::Load, recorded, site::Site};
 
 /// How many of the runs with random faults; `REPLICA_SEEDS` sets it.
-const DEFAULT_SEEDS: u64 = 5;
+const DEFAULT_SEEDS: u64 = 3;
 
 /// Things killed in such a run, beside Redis.
 const KILLS: usize = 12;

@@ -3,6 +3,7 @@
 #   redis-server, redis-cli   from the system's packages, never started
 #   prometheus, promtool      the same
 #   prometheus-alertmanager   the same
+#   curl                      from the system's packages
 #   kubectl                   from the system's packages where they are new enough
 #   .tools/venv               Python with grpcio and its health, reflection and protoc parts,
 #                             hadolint, kubernetes-validate
@@ -130,6 +131,10 @@ want=$(cd "$here" && { pwd; cat install.sh requirements.txt package.json package
 if ! have redis-server || ! have redis-cli; then install_stopped redis-server; fi
 if ! have prometheus || ! have promtool; then install_stopped prometheus; fi
 if ! have prometheus-alertmanager; then install_stopped prometheus-alertmanager; fi
+if ! have curl; then
+    ! can_apt || apt_install curl
+    have curl || die "curl is missing; as root run: apt-get install curl"
+fi
 have kubectl || install_kubectl
 
 if [[ $(cat "$stamp" 2>/dev/null || true) == "$want" ]]; then
