@@ -50,7 +50,7 @@ async fn main() {
 
     let redis = RedisServer::start().await;
     let service = Service::start(&["--redis-url", &redis.url()]);
-    let (_process, addr) = start_pass_through(&redis.url());
+    let (_process, addr) = start_pass_through(&redis.admin_url());
     let thin = Target::connect(&addr).await;
     let full = Target::connect(service.addr()).await;
     for key in 0..KEYS {

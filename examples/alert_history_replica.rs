@@ -28,7 +28,10 @@
 //! - **Run [`AlertGroupManager::deliver_forever`]**: it makes the changes again
 //!   that only the memory of an instance has.
 
-use std::{fmt::Write, io, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    fmt::Write, fs, io, net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     Json, Router,
@@ -49,9 +52,12 @@ use groupstate::{
         remote::RemoteSettings,
         webhook::Webhook,
     },
+    reload::Watched,
+    telemetry::FileSetting,
 };
 use serde::Deserialize;
 use tokio::net::TcpListener;
+use tonic::transport::{Certificate, ClientTlsConfig};
 
 /// Receives Alertmanager webhooks and keeps their alert groups in groupstate.
 #[derive(Debug, Parser)]
@@ -65,6 +71,18 @@ struct Options {
     /// given several times.
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50051")]
     groupstate: Vec<String>,
+
+    /// Speaks TLS; a file with the CA of the service's certificate.
+    #[arg(long, value_name = "FILE", requires = "tls_domain")]
+    tls_ca: Option<PathBuf>,
+
+    /// The name in the service's certificate.
+    #[arg(long, value_name = "NAME", requires = "tls_ca")]
+    tls_domain: Option<String>,
+
+    /// A file with the token for the service, read again when it changes.
+    #[arg(long, value_name = "FILE")]
+    auth_token_file: Option<PathBuf>,
 
     /// How long a group lives after its last firing report.
     #[arg(long, value_parser = humantime::parse_duration, default_value = "24h")]
@@ -112,10 +130,15 @@ enum ReplicaError {
     Resolve(#[from] ResolveError),
     #[error("--listen: {0}")]
     Listen(#[from] io::Error),
+    #[error("{0}")]
+    File(String),
 }
 
 /// A webhook holds whole alerts, and Alertmanager sets no limit to its size.
 const MAX_WEBHOOK_BYTES: usize = 16 << 20;
+
+/// How often the token file is looked at.
+const RELOAD_INTERVAL: Duration = Duration::from_secs(10);
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -131,7 +154,8 @@ async fn main() -> ExitCode {
 
 /// Serves until it is told to stop.
 async fn run(options: Options) -> Result<(), ReplicaError> {
-    let instances = Instances::resolve(options.groupstate, RemoteSettings::default()).await?;
+    let remote = remote_settings(&options)?;
+    let instances = Instances::resolve(options.groupstate, remote).await?;
     let settings = ManagerSettings {
         group_ttl: options.group_ttl,
         ..ManagerSettings::default()
@@ -170,6 +194,27 @@ async fn run(options: Options) -> Result<(), ReplicaError> {
         );
     }
     Ok(())
+}
+
+/// How to call the service.
+fn remote_settings(options: &Options) -> Result<RemoteSettings, ReplicaError> {
+    let mut settings = RemoteSettings::default();
+    if let (Some(ca), Some(domain)) = (&options.tls_ca, &options.tls_domain) {
+        let pem = fs::read(ca).map_err(|error| ReplicaError::File(format!("--tls-ca: {error}")))?;
+        let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem));
+        settings.tls = Some(tls.domain_name(domain));
+    }
+    if let Some(file) = &options.auth_token_file {
+        let parse = |contents: &[Vec<u8>]| {
+            let token = String::from_utf8(contents.concat()).map_err(|_| "is not a text")?;
+            Ok(token.trim().to_owned())
+        };
+        let (token, watcher) = Watched::open(FileSetting::AuthTokenFile, vec![file.clone()], parse)
+            .map_err(ReplicaError::File)?;
+        tokio::spawn(watcher.watch_forever(RELOAD_INTERVAL));
+        settings.token = Some(token);
+    }
+    Ok(settings)
 }
 
 /// Until SIGTERM or Ctrl-C.

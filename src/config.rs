@@ -4,10 +4,18 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use bytesize::ByteSize;
 use clap::Parser;
+use http::{Uri, uri::Scheme};
 
 use crate::{
+    auth::Tokens,
     grpc::validation::MIN_TTL,
-    store::{redis::RedisSettings, switch::OnRecovery},
+    reload::{Opened, Watched},
+    store::{
+        redis::{self, ClientTls, RedisSettings, Trust},
+        switch::OnRecovery,
+    },
+    telemetry::FileSetting,
+    tls::{Authorities, Identity},
 };
 
 /// Keeps the state of alert groups for the replicas of an alert-history
@@ -36,9 +44,11 @@ pub struct Settings {
     )]
     pub http_addr: SocketAddr,
 
-    /// Where Redis is, as redis://[[user]:password@]host[:port][/database], or for a cluster as
-    /// redis-cluster://[[user]:password@]host[:port][?node=host:port]. Without it, groups are kept
-    /// in memory and do not survive a restart.
+    /// Where Redis is: redis://[[user]:password@]host[:port][/database] or redis+unix:///path; a
+    /// cluster as redis-cluster://host[:port][?node=host:port]; by sentinels as
+    /// redis-sentinel://host[:port]?sentinelServiceName=name[&node=host:port]. With TLS rediss://,
+    /// rediss-cluster:// or rediss-sentinel://. Without it, groups are kept in memory and do not
+    /// survive a restart.
     #[arg(
         long,
         env = "GROUPSTATE_REDIS_URL",
@@ -75,6 +85,35 @@ pub struct Settings {
         requires = "redis_url"
     )]
     pub redis_password_file: Option<PathBuf>,
+
+    /// Certificates in PEM of the authorities that say who is Redis; by default those of the
+    /// system. Only with TLS.
+    #[arg(
+        long,
+        env = "GROUPSTATE_REDIS_CA",
+        value_name = "FILE",
+        requires = "redis_url"
+    )]
+    pub redis_ca: Option<PathBuf>,
+
+    /// Certificate in PEM by which we show Redis who we are, followed by those that it is based
+    /// on. Only with TLS.
+    #[arg(
+        long,
+        env = "GROUPSTATE_REDIS_CERT",
+        value_name = "FILE",
+        requires = "redis_key"
+    )]
+    pub redis_cert: Option<PathBuf>,
+
+    /// Private key of that certificate, in PEM.
+    #[arg(
+        long,
+        env = "GROUPSTATE_REDIS_KEY",
+        value_name = "FILE",
+        requires = "redis_cert"
+    )]
+    pub redis_key: Option<PathBuf>,
 
     /// What every key of ours in Redis begins with.
     #[arg(long, env = "GROUPSTATE_KEY_PREFIX", value_name = "TEXT", default_value = "group:",
@@ -137,6 +176,12 @@ pub struct Settings {
           value_parser = size)]
     pub max_request_bytes: usize,
 
+    /// What the requests that are being received or worked on may take together; more are refused.
+    /// At least --max-request-bytes.
+    #[arg(long, env = "GROUPSTATE_MAX_INFLIGHT_BYTES", value_name = "SIZE", default_value = "256MiB",
+          value_parser = inflight_size)]
+    pub max_inflight_bytes: usize,
+
     /// Calls that are worked on at once; more are refused. Health calls do not count.
     #[arg(long, env = "GROUPSTATE_MAX_CONCURRENT_CALLS", value_name = "COUNT", default_value = "4096",
           value_parser = count)]
@@ -147,9 +192,59 @@ pub struct Settings {
           value_parser = clap::value_parser!(u32).range(1..))]
     pub max_streams_per_connection: u32,
 
+    /// Connections of clients at once; more are closed.
+    #[arg(long, env = "GROUPSTATE_MAX_CONNECTIONS", value_name = "COUNT", default_value = "16384",
+          value_parser = count)]
+    pub max_connections: usize,
+
+    /// How old a connection gets, more or less 10 %, before its client is asked to open another
+    /// one: so new instances get calls. Calls in flight go on; 1s to 365d.
+    #[arg(long, env = "GROUPSTATE_MAX_CONNECTION_AGE", value_name = "DURATION", default_value = "5m",
+          value_parser = connection_age)]
+    pub max_connection_age: Duration,
+
     /// ListKeys, Size and LoadAll calls at once; more are refused.
     #[arg(long, env = "GROUPSTATE_MAX_SCANS", value_name = "COUNT", default_value = "4", value_parser = count)]
     pub max_scans: usize,
+
+    /// File with the certificate of this server in PEM, its chain below it: gRPC speaks TLS only.
+    #[arg(
+        long,
+        env = "GROUPSTATE_TLS_CERT",
+        value_name = "FILE",
+        requires = "tls_key"
+    )]
+    pub tls_cert: Option<PathBuf>,
+
+    /// File with the key of the certificate, in PEM.
+    #[arg(
+        long,
+        env = "GROUPSTATE_TLS_KEY",
+        value_name = "FILE",
+        requires = "tls_cert"
+    )]
+    pub tls_key: Option<PathBuf>,
+
+    /// File with the CAs in PEM of which clients must have a certificate. Without it, clients need
+    /// none.
+    #[arg(
+        long,
+        env = "GROUPSTATE_TLS_CLIENT_CA",
+        value_name = "FILE",
+        requires = "tls_cert"
+    )]
+    pub tls_client_ca: Option<PathBuf>,
+
+    /// File with the tokens that callers may have: one a line, `#` begins a comment. A caller sends
+    /// one as `authorization: Bearer TOKEN`. Without it, nobody needs one.
+    #[arg(long, env = "GROUPSTATE_AUTH_TOKEN_FILE", value_name = "FILE")]
+    pub auth_token_file: Option<PathBuf>,
+
+    /// How often files with certificates, tokens and passwords are looked at: what has changed is
+    /// used without a restart; 100ms to 1h.
+    #[arg(long, env = "GROUPSTATE_RELOAD_INTERVAL", value_name = "DURATION", default_value = "10s",
+          value_parser = reload_interval)]
+    pub reload_interval: Duration,
 
     /// How long health says NOT_SERVING before the server stops to take calls, after SIGTERM.
     #[arg(long, env = "GROUPSTATE_SHUTDOWN_DELAY", value_name = "DURATION", default_value = "5s",
@@ -178,6 +273,16 @@ pub struct Settings {
         default_value = "auto"
     )]
     pub log_format: LogFormat,
+
+    /// Collector that traces are sent to, by OTLP over gRPC, such as http://localhost:4317.
+    /// Without it, there are none.
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
+
+    /// Share of the calls that are traced among those whose caller does not say; 0 to 1.
+    #[arg(long, env = "GROUPSTATE_OTLP_SAMPLE_RATIO", value_name = "RATIO", default_value = "1",
+          value_parser = ratio)]
+    pub otlp_sample_ratio: f64,
 }
 
 /// See `--log-level`.
@@ -259,17 +364,71 @@ impl Settings {
         if self.max_ttl > LONGEST_TTL {
             return Err("--max-ttl must be at most 3650d".into());
         }
+        if self.max_inflight_bytes < self.max_request_bytes {
+            return Err("--max-inflight-bytes must not be less than --max-request-bytes".into());
+        }
+        self.tokens()?;
+        self.identity()?;
+        self.client_ca()?;
+        self.otlp_endpoint()?;
         self.redis().map(|_| ())
     }
 
-    /// How to reach Redis; None without `--redis-url`. Reads the password file.
+    /// The tokens that callers may have, and what keeps them up to date; None
+    /// without `--auth-token-file`.
+    pub fn tokens(&self) -> Opened<Tokens> {
+        let Some(file) = &self.auth_token_file else {
+            return Ok(None);
+        };
+        let parse = |contents: &[Vec<u8>]| Tokens::parse(&contents.concat());
+        Watched::open(FileSetting::AuthTokenFile, vec![file.clone()], parse).map(Some)
+    }
+
+    /// The certificate of the server and what keeps it up to date; None without
+    /// `--tls-cert`.
+    pub fn identity(&self) -> Opened<Identity> {
+        let (Some(certificate), Some(key)) = (&self.tls_cert, &self.tls_key) else {
+            return Ok(None);
+        };
+        let files = vec![certificate.clone(), key.clone()];
+        Watched::open(FileSetting::TlsCert, files, Identity::parse).map(Some)
+    }
+
+    /// The CAs of clients and what keeps them up to date; None without
+    /// `--tls-client-ca`.
+    pub fn client_ca(&self) -> Opened<Authorities> {
+        let Some(file) = &self.tls_client_ca else {
+            return Ok(None);
+        };
+        let files = vec![file.clone()];
+        Watched::open(FileSetting::TlsClientCa, files, Authorities::parse).map(Some)
+    }
+
+    /// Where traces are sent; None: nowhere.
+    pub fn otlp_endpoint(&self) -> Result<Option<&str>, String> {
+        let Some(url) = self.otlp_endpoint.as_ref().filter(|url| !url.is_empty()) else {
+            return Ok(None);
+        };
+        // Without TLS, and without credentials, which the log would show.
+        let is_plain = |uri: &Uri| {
+            uri.scheme() == Some(&Scheme::HTTP)
+                && uri.authority().is_some_and(|it| !it.as_str().contains('@'))
+        };
+        match url.parse() {
+            Ok(uri) if is_plain(&uri) => Ok(Some(url)),
+            _ => Err("--otlp-endpoint must be of the form http://localhost:4317".into()),
+        }
+    }
+
+    /// How to reach Redis; None without `--redis-url`. Reads the files.
     pub fn redis(&self) -> Result<Option<RedisSettings>, String> {
         // Compose files leave a variable empty where they mean "not set".
         let Some(url) = self.redis_url.as_ref().filter(|url| !url.is_empty()) else {
             return Ok(None);
         };
         let pool_size = usize::from(self.redis_pool_size);
-        let mut redis = RedisSettings::new(url, pool_size, self.redis_timeout)
+        let tls = self.redis_tls()?;
+        let mut redis = RedisSettings::new(url, tls, pool_size, self.redis_timeout)
             .map_err(|error| format!("--redis-url: {error}"))?;
         if let Some(username) = &self.redis_username {
             redis.set_username(username.clone());
@@ -288,6 +447,27 @@ impl Settings {
         }
         Ok(Some(redis))
     }
+
+    fn redis_tls(&self) -> Result<ClientTls, String> {
+        let read = |setting: &str, file: &PathBuf| {
+            let content = std::fs::read(file);
+            content.map_err(|error| format!("{setting} {}: {error}", file.display()))
+        };
+        let mut tls = ClientTls::default();
+        if let Some(file) = &self.redis_ca {
+            let trust = Trust::from_pem(&read("--redis-ca", file)?);
+            let trust = trust.map_err(|error| format!("--redis-ca {}: {error}", file.display()));
+            tls.trust = Some(trust?);
+        }
+        if let (Some(cert), Some(key)) = (&self.redis_cert, &self.redis_key) {
+            let identity =
+                redis::Identity::from_pem(&read("--redis-cert", cert)?, &read("--redis-key", key)?);
+            let identity =
+                identity.map_err(|error| format!("--redis-cert {}: {error}", cert.display()));
+            tls.identity = Some(identity?);
+        }
+        Ok(tls)
+    }
 }
 
 /// clap explains an error in several lines; the first says what is wrong.
@@ -295,8 +475,9 @@ fn one_line(text: &str) -> String {
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let first = lines.next().unwrap_or("error: bad settings").to_owned();
     if first.ends_with(':') {
-        // The names of missing or conflicting settings stand on the next line.
-        return format!("{first} {}", lines.next().unwrap_or_default());
+        // The names of missing or conflicting settings stand on the next lines.
+        let names: Vec<_> = lines.take_while(|line| line.starts_with("--")).collect();
+        return format!("{first} {}", names.join(", "));
     }
     first
 }
@@ -319,6 +500,31 @@ fn trip_after(text: &str) -> Result<Duration, String> {
         return Err("must be from 50ms to 1m".into());
     }
     Ok(trip_after)
+}
+
+fn connection_age(text: &str) -> Result<Duration, String> {
+    let age = duration(text)?;
+    if !(Duration::from_secs(1)..=Duration::from_secs(365 * 24 * 3_600)).contains(&age) {
+        return Err("must be from 1s to 365d".into());
+    }
+    Ok(age)
+}
+
+fn reload_interval(text: &str) -> Result<Duration, String> {
+    let interval = duration(text)?;
+    if !(Duration::from_millis(100)..=Duration::from_secs(3_600)).contains(&interval) {
+        return Err("must be from 100ms to 1h".into());
+    }
+    Ok(interval)
+}
+
+/// What a semaphore can count.
+fn inflight_size(text: &str) -> Result<usize, String> {
+    let bytes = size(text)?;
+    if bytes > tokio::sync::Semaphore::MAX_PERMITS {
+        return Err("is too large".into());
+    }
+    Ok(bytes)
 }
 
 fn size(text: &str) -> Result<usize, String> {
@@ -349,6 +555,13 @@ fn count(text: &str) -> Result<usize, String> {
     }
 }
 
+fn ratio(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(ratio) if (0.0..=1.0).contains(&ratio) => Ok(ratio),
+        _ => Err("must be from 0 to 1".into()),
+    }
+}
+
 fn key_prefix(text: &str) -> Result<String, String> {
     if text.is_empty() || text.chars().any(char::is_control) {
         return Err("must not be empty or hold control characters".into());
@@ -375,6 +588,8 @@ mod tests {
         assert_eq!(settings.max_request_bytes, 16 << 20);
         assert!(settings.redis().unwrap().is_none());
         assert!(read(&["--redis-url="]).unwrap().redis().unwrap().is_none());
+        let settings = read(&["--otlp-endpoint="]).unwrap();
+        assert_eq!(settings.otlp_endpoint(), Ok(None));
     }
 
     #[test]
@@ -393,6 +608,18 @@ mod tests {
             (&["--mirror-max-bytes", "lots"], "--mirror-max-bytes"),
             (&["--mirror-max-bytes=-1"], "--mirror-max-bytes"),
             (&["--key-prefix", ""], "--key-prefix"),
+            (&["--max-inflight-bytes", "1MiB"], "--max-inflight-bytes"),
+            (&["--auth-token-file", "/nowhere"], "--auth-token-file"),
+            (&["--reload-interval", "1ms"], "--reload-interval"),
+            (&["--tls-cert", "/nowhere"], "--tls-key"),
+            (&["--tls-key", "/nowhere"], "--tls-cert"),
+            (&["--tls-client-ca", "/nowhere"], "--tls-cert"),
+            (
+                &["--tls-cert", "/nowhere", "--tls-key", "/nowhere"],
+                "--tls-cert /nowhere",
+            ),
+            (&["--max-connection-age", "0s"], "--max-connection-age"),
+            (&["--max-connections", "0"], "--max-connections"),
             (&["--default-ttl", "100ms"], "--default-ttl"),
             (&["--default-ttl", "10d", "--max-ttl", "1d"], "--max-ttl"),
             (&["--redis-url", "localhost"], "--redis-url"),
@@ -401,9 +628,23 @@ mod tests {
                 &["--redis-url", "redis-sentinel://localhost"],
                 "--redis-url",
             ),
-            (&["--redis-url", "rediss://localhost"], "--redis-url"),
+            (&["--redis-url", "redis-cluster://host/1"], "--redis-url"),
+            (&["--redis-ca", "ca.pem"], "--redis-url"),
+            (&["--redis-cert", "cert.pem"], "--redis-key"),
+            (
+                &["--redis-url", "rediss://h", "--redis-ca", "/none.pem"],
+                "--redis-ca /none.pem",
+            ),
             (&["--redis-username", "x"], "--redis-url"),
             (&["--log-level", "loud"], "--log-level"),
+            (&["--otlp-endpoint", "localhost:4317"], "--otlp-endpoint"),
+            (&["--otlp-endpoint", "https://host:4317"], "--otlp-endpoint"),
+            (
+                &["--otlp-endpoint", "http://me:s3cret@host"],
+                "--otlp-endpoint",
+            ),
+            (&["--otlp-sample-ratio", "1.1"], "--otlp-sample-ratio"),
+            (&["--otlp-sample-ratio", "NaN"], "--otlp-sample-ratio"),
             (&["--no-such-setting"], "--no-such-setting"),
             (&["--grpc-addr", "here"], "--grpc-addr"),
         ] {
@@ -430,6 +671,52 @@ mod tests {
         let settings = read(&["--redis-url", "redis://u:s3cret@host"]).unwrap();
         let redis = settings.redis().unwrap().unwrap();
         assert!(!format!("{redis:?}").contains("s3cret"));
+    }
+
+    #[test]
+    fn files_for_tls_are_read_and_what_is_wrong_with_them_is_said() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, content: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, content).unwrap();
+            path.display().to_string()
+        };
+        let issue = || rcgen::generate_simple_self_signed(["h".to_owned()]).unwrap();
+        let (ours, other) = (issue(), issue());
+        let cert = file("cert", &ours.cert.pem());
+        let key = file("key", &ours.signing_key.serialize_pem());
+        let other_key = file("other key", &other.signing_key.serialize_pem());
+        let nothing = file("nothing", "not in PEM");
+        let try_out = |url: &str, ca: &str, cert: &str, key: &str| {
+            let arguments = [
+                ["--redis-url", url],
+                ["--redis-ca", ca],
+                ["--redis-cert", cert],
+                ["--redis-key", key],
+            ];
+            read(arguments.as_flattened()).map_err(|(text, _)| text)
+        };
+        try_out("rediss://h", &cert, &cert, &key).unwrap();
+        for (url, ca, key, says) in [
+            (
+                "rediss://h",
+                &nothing,
+                &key,
+                "nothing: holds no certificate",
+            ),
+            (
+                "rediss://h",
+                &cert,
+                &other_key,
+                "not that of the certificate",
+            ),
+            ("rediss://h", &cert, &nothing, "holds no private key"),
+            ("redis://h", &cert, &key, "must begin with rediss://"),
+        ] {
+            let text = try_out(url, ca, &cert, key).unwrap_err();
+            assert!(text.contains(says), "{text}");
+            assert_eq!(text.lines().count(), 1, "{text}");
+        }
     }
 
     #[test]

@@ -6,10 +6,15 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`config`] | every setting, its default, its check |
-//! | [`telemetry`] | logs and metrics |
+//! | [`telemetry`] | logs, metrics and traces |
+//! | [`reload`] | what is read from files and read again when they change |
 //! | [`server`] | puts the parts together; start and graceful stop |
+//! | [`connections`] | the connections of clients |
+//! | [`tls`] | TLS of the gRPC port |
 //! | [`admin`] | the HTTP port: probes, health, metrics |
+//! | [`auth`] | who may call |
 //! | [`grpc`] | the protobuf surface |
+//! | [`manager`] | the replica side, which calls a service of this crate or any store |
 //! | [`store`] | the store contract, and the stores |
 //! | [`document`] | the JSON document of a group |
 //! | [`group`] | the domain |
@@ -18,12 +23,16 @@
 #![forbid(unsafe_code)]
 
 pub mod admin;
+pub mod auth;
 pub mod config;
+pub mod connections;
 pub mod document;
 pub mod group;
 pub mod grpc;
 pub mod manager;
+pub mod reload;
 pub mod server;
 pub mod store;
 pub mod telemetry;
+pub mod tls;
 pub mod version;

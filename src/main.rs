@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use groupstate::{
     config::Settings,
     server::{Server, ServerError, Stop},
-    telemetry,
+    telemetry::{self, Traces},
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -25,13 +25,31 @@ async fn main() -> ExitCode {
     telemetry::init(settings.log_level, settings.log_format);
     // Before anything happens that counts.
     telemetry::metrics();
-    match run(settings).await {
+    let traces = match start_traces(&settings) {
+        Ok(traces) => traces,
+        Err(error) => {
+            tracing::error!(error, "cannot send traces");
+            return ExitCode::FAILURE;
+        }
+    };
+    let served = run(settings).await;
+    if let Some(traces) = traces {
+        traces.stop().await;
+    }
+    match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(%error, "cannot serve");
             ExitCode::FAILURE
         }
     }
+}
+
+fn start_traces(settings: &Settings) -> Result<Option<Traces>, String> {
+    let endpoint = settings.otlp_endpoint()?;
+    endpoint
+        .map(|endpoint| Traces::start(endpoint, settings.otlp_sample_ratio))
+        .transpose()
 }
 
 async fn run(settings: Settings) -> Result<(), ServerError> {

@@ -1,5 +1,8 @@
 //! The README tells the truth: its commands run word for word and answer what
 //! it shows, its tables name what the program has, its ACL line is enough.
+//!
+//! A block of commands is marked by how it is run: `sh test` one after the other
+//! in one shell, `sh example` in a copy of what the examples need.
 
 mod common;
 
@@ -10,7 +13,10 @@ use std::{
 };
 
 use clap::CommandFactory;
-use common::{redis_cluster::RedisCluster, redis_server::RedisServer, service::Service, tool};
+use common::{
+    examples::Examples, redis_cluster::RedisCluster, redis_server::RedisServer, service::Service,
+    tool,
+};
 use groupstate::{
     config::Settings,
     grpc::{
@@ -124,6 +130,48 @@ async fn the_commands_answer_the_same_on_redis() {
 }
 
 #[test]
+fn the_examples_in_other_languages_print_what_the_readme_shows() {
+    let service = Service::start(&[]);
+    let copy = Examples::copy();
+    let blocks = blocks(&readme(), "```sh example");
+    assert_eq!(blocks.len(), 2, "Python and Go");
+    for Example { commands, shown } in blocks {
+        assert!(commands.contains(ADDRESS_IN_README));
+        let script = commands.replace(ADDRESS_IN_README, service.addr());
+        let mut bash = copy.command("bash", ".");
+        let output = bash.args(["-ec", &script]).output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{commands}\n{errors}");
+        let shown = shown.expect("each is shown with its output");
+        assert!(text(&output).ends_with(&shown), "{}", text(&output));
+    }
+}
+
+#[test]
+fn the_code_it_shows_is_in_the_files_it_names() {
+    let trimmed = |text: &str| text.lines().map(str::trim).collect::<Vec<_>>().join("\n");
+    let readme = readme();
+    let mut lines = readme.lines();
+    let mut shown = 0;
+    while let Some(line) = lines.next() {
+        let Some((_, file)) = line
+            .strip_prefix("```")
+            .and_then(|line| line.split_once(' '))
+        else {
+            continue;
+        };
+        let code = block(&mut lines);
+        if file.starts_with("examples/") {
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+            let text = fs::read_to_string(path).unwrap();
+            assert!(trimmed(&text).contains(&trimmed(&code)), "{file}\n{code}");
+            shown += 1;
+        }
+    }
+    assert_eq!(shown, 2);
+}
+
+#[test]
 fn make_run_prints_lines_of_the_readme() {
     let output = Command::new("make")
         .args(["--no-print-directory", "next-step"])
@@ -211,33 +259,16 @@ async fn the_acl_line_is_enough_for_every_call_on_a_cluster() {
     makes_every_call_under_the_acl_line(&cluster.url(), &nodes).await;
 }
 
-async fn makes_every_call_under_the_acl_line(url: &str, nodes: &[&RedisServer]) {
-    let readme = readme();
-    let line = readme
-        .lines()
-        .find(|line| line.starts_with("user groupstate "))
-        .expect("the README has an ACL line");
-    let words: Vec<&str> = line.split(' ').skip(1).collect();
-    for node in nodes {
-        let mut set_user = redis::cmd("ACL");
-        let set_user = set_user.arg("SETUSER").arg(&words);
-        let () = set_user
-            .query_async(&mut node.connect().await)
-            .await
-            .unwrap();
-    }
+/// All servers of all tests know the service by this line.
+#[test]
+fn the_acl_line_is_the_one_of_the_file() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/redis/groupstate.acl");
+    let line = fs::read_to_string(path).unwrap();
+    assert!(readme().contains(&format!("\n{line}```\n")), "{line}");
+}
 
-    let folder = tempfile::tempdir().unwrap();
-    let password_file = folder.path().join("password");
-    fs::write(&password_file, "CHANGE-ME\n").unwrap();
-    let service = Service::start(&[
-        "--redis-url",
-        url,
-        "--redis-username",
-        "groupstate",
-        "--redis-password-file",
-        password_file.to_str().unwrap(),
-    ]);
+async fn makes_every_call_under_the_acl_line(url: &str, nodes: &[&RedisServer]) {
+    let service = Service::start(&["--redis-url", url]);
 
     let mut client = service.client().await;
     let group = |key: &str| pb::AlertGroup {
@@ -321,13 +352,18 @@ fn readme() -> String {
     fs::read_to_string(path).unwrap()
 }
 
-/// The blocks marked `sh test`. An output block, if any, follows with nothing
-/// but blank lines in between.
+/// The blocks marked `sh test`.
 fn examples(readme: &str) -> Vec<Example> {
+    blocks(readme, "```sh test")
+}
+
+/// The blocks that begin so. An output block, if any, follows with nothing but
+/// blank lines in between.
+fn blocks(readme: &str, first_line: &str) -> Vec<Example> {
     let mut examples = Vec::new();
     let mut lines = readme.lines().peekable();
     while let Some(line) = lines.next() {
-        if line != "```sh test" {
+        if line != first_line {
             continue;
         }
         let commands = block(&mut lines);

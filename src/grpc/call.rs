@@ -3,6 +3,7 @@
 
 use std::{
     fmt,
+    net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -10,13 +11,13 @@ use std::{
 use http::{HeaderMap, HeaderName, HeaderValue, Request};
 use tokio::time::Instant;
 use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
-use tonic::Status;
+use tonic::{Code, Status};
 use tracing::{Level, enabled};
 
 use super::{proto::group_state_service_server::SERVICE_NAME, status::CallError};
 use crate::{
     store::{Backend, Deadline},
-    telemetry::{self, CallResult, Operation, seldom},
+    telemetry::{self, CallEnd, CallResult, CallSpan, Operation, seldom},
 };
 
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -37,6 +38,8 @@ struct Call {
     request_id: RequestId,
     /// Only taken where the log wants it.
     trace_id: Option<String>,
+    /// None: it is not traced.
+    span: Option<CallSpan>,
     deadline: Deadline,
     received: Instant,
     told: Mutex<Told>,
@@ -50,9 +53,15 @@ struct Told {
     key: Option<String>,
     /// None: nobody has waited for an answer.
     result: Option<CallResult>,
+    /// The status that the caller gets; None like `result`.
+    code: Option<Code>,
     /// Who has answered, if anyone.
     backend: Option<Backend>,
 }
+
+/// Where a call comes from, among the extensions of its request.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer(pub SocketAddr);
 
 /// Names one call in replies and logs: 1 to 128 visible ASCII characters.
 #[derive(Clone, Debug)]
@@ -66,23 +75,26 @@ impl CallContext {
 
     /// Reads the headers of a call that was received now.
     pub fn of<B>(request: &Request<B>, in_flight: TaskTrackerToken) -> Self {
-        let operation = operation(request.uri().path());
-        Self::new(operation, request.headers(), in_flight)
+        Self::new(request.uri().path(), request.headers(), in_flight)
     }
 
-    fn new(operation: Option<Operation>, headers: &HeaderMap, in_flight: TaskTrackerToken) -> Self {
+    fn new(path: &str, headers: &HeaderMap, in_flight: TaskTrackerToken) -> Self {
         let received = Instant::now();
+        let operation = operation(path);
+        let request_id = RequestId::of(headers);
+        let span = operation.and_then(|_| CallSpan::begin(path, request_id.as_str(), headers));
         let deadline = headers
             .get("grpc-timeout")
             .and_then(|value| parse_timeout(value.to_str().ok()?))
-            .and_then(|timeout| received.checked_add(ahead_of(timeout)));
+            .and_then(|timeout| received.checked_add(timeout));
         if operation.is_some() {
             telemetry::call_begins();
         }
         Self(Arc::new(Call {
             operation,
-            request_id: RequestId::of(headers),
+            request_id,
             trace_id: if is_logged() { trace_id(headers) } else { None },
+            span,
             deadline: deadline.map_or(Deadline::NONE, Deadline::at),
             received,
             told: Mutex::default(),
@@ -93,7 +105,7 @@ impl CallContext {
     /// Takes the context out of a request, into which the envelope has put it.
     pub fn take<T>(mut request: tonic::Request<T>) -> (T, Self) {
         let context = request.extensions_mut().remove::<Self>();
-        let without_envelope = || Self::new(None, &HeaderMap::new(), TaskTracker::new().token());
+        let without_envelope = || Self::new("", &HeaderMap::new(), TaskTracker::new().token());
         let context = context.unwrap_or_else(without_envelope);
         (request.into_inner(), context)
     }
@@ -102,8 +114,18 @@ impl CallContext {
         &self.0.request_id
     }
 
+    /// Whether it is a call of our service, not of health, reflection or nobody.
+    pub fn is_ours(&self) -> bool {
+        self.0.operation.is_some()
+    }
+
     pub fn deadline(&self) -> Deadline {
         self.0.deadline
+    }
+
+    /// Does a part of the work of the call.
+    pub fn work<F: Future>(&self, work: F) -> impl Future<Output = F::Output> + use<F> {
+        telemetry::in_call(self.0.span.as_ref(), work)
     }
 
     /// Says which group the call is about.
@@ -117,13 +139,15 @@ impl CallContext {
 
     /// Says what has come of the call.
     pub fn succeeds(&self, result: CallResult, backend: Backend) {
-        self.0.tell(result, Some(backend));
+        self.0.tell(result, Code::Ok, Some(backend));
     }
 
     /// The status of a call that fails. `now` would answer a call that came now.
     pub fn refuse(&self, error: CallError, now: Backend) -> Status {
-        self.0.tell(error.result(), error.backend());
-        error.into_status(self.0.request_id.as_str(), now)
+        let (result, backend) = (error.result(), error.backend());
+        let status = error.into_status(self.0.request_id.as_str(), now);
+        self.0.tell(result, status.code(), backend);
+        status
     }
 
     /// The call has panicked. The panic hook has logged where and why.
@@ -144,9 +168,9 @@ impl fmt::Debug for CallContext {
 // === impl Call ===
 
 impl Call {
-    fn tell(&self, result: CallResult, backend: Option<Backend>) {
+    fn tell(&self, result: CallResult, code: Code, backend: Option<Backend>) {
         let mut told = self.told();
-        (told.result, told.backend) = (Some(result), backend);
+        (told.result, told.code, told.backend) = (Some(result), Some(code), backend);
     }
 
     fn told(&self) -> MutexGuard<'_, Told> {
@@ -164,13 +188,21 @@ impl Drop for Call {
         let result = told.result.unwrap_or(CallResult::Deadline);
         let took = self.received.elapsed();
         let by_memory = told.backend == Some(Backend::Memory);
+        let backend = told.backend.map(Backend::name);
         telemetry::call_ends(operation, result, by_memory, took);
+        if let Some(span) = self.span.take() {
+            span.ends(CallEnd {
+                code: told.code.unwrap_or(Code::Cancelled) as i32,
+                backend,
+                result: result.name(),
+            });
+        }
         tracing::debug!(
             request_id = self.request_id.as_str(),
             trace_id = self.trace_id,
             operation = operation.name(),
             key = told.key,
-            backend = told.backend.map(Backend::name),
+            backend,
             result = result.name(),
             latency_us = took.as_micros() as u64,
             "call"
@@ -216,12 +248,6 @@ fn trace_id(headers: &HeaderMap) -> Option<String> {
         version => version != "ff",
     };
     (well_formed && !is_zero(trace) && !is_zero(parent)).then(|| trace.to_owned())
-}
-
-/// tonic ends a call at its timeout with a status of its own; ours has to come
-/// first.
-fn ahead_of(timeout: Duration) -> Duration {
-    timeout - Duration::from_millis(2).min(timeout / 2)
 }
 
 /// Reads a `grpc-timeout`: at most 8 digits and a unit.

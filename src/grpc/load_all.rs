@@ -52,6 +52,7 @@ pub fn messages(
     let request_id = context.request_id().clone();
     tokio::spawn(async move {
         let sent = send_all(answer, messages.clone(), context.deadline());
+        let sent = context.work(sent);
         let sent = AssertUnwindSafe(sent).catch_unwind().await;
         drop(permit);
         let error = match sent {

@@ -395,6 +395,24 @@ mod tests {
         (0..3_000).map(|i| format!("alertname=A{i},cluster=prod"))
     }
 
+    /// The examples in other languages are held to the same.
+    #[test]
+    fn every_language_ranks_alike() {
+        #[derive(serde::Deserialize)]
+        struct Vector {
+            addresses: Vec<String>,
+            key: String,
+            ranking: Vec<String>,
+        }
+        let vectors = include_str!("../../tests/data/rendezvous-vectors.json");
+        let vectors: Vec<Vector> = serde_json::from_str(vectors).unwrap();
+        assert!(vectors.len() > 10);
+        for vector in vectors {
+            let addresses = vector.addresses.iter().map(String::as_str);
+            assert_eq!(ranking(addresses, &vector.key), vector.ranking);
+        }
+    }
+
     #[test]
     fn keys_are_spread_evenly() {
         let firsts = keys().map(|key| ranking(THREE, &key)[0]);

@@ -44,7 +44,7 @@ pub enum Step {
     /// Nothing: what is stored has it already, or it does not apply.
     Nothing,
     /// Put this in the place of what is stored.
-    Put(AlertGroup),
+    Put(Box<AlertGroup>),
     /// Delete this version.
     Delete(Version),
 }
@@ -63,7 +63,7 @@ impl Change {
                 } => {
                     let mut group = AlertGroup::empty(key.clone(), group_by.clone(), *at);
                     group.add_reports(reports, *at);
-                    Step::Put(group)
+                    Step::Put(Box::new(group))
                 }
                 // There is nothing to take away from.
                 _ => Step::Nothing,
@@ -91,7 +91,7 @@ impl Change {
         match (changed, stored.metadata.version) {
             (false, _) => Step::Nothing,
             (true, Some(version)) if group.alerts.is_empty() => Step::Delete(version),
-            (true, _) => Step::Put(group),
+            (true, _) => Step::Put(Box::new(group)),
         }
     }
 
@@ -112,8 +112,8 @@ impl Change {
         }
     }
 
-    /// Takes in a later change, if one change can say both.
-    pub fn absorb(&mut self, later: Self) -> Result<(), Self> {
+    /// Takes in a later change if one change can say both; else gives it back.
+    pub fn absorb(&mut self, later: Self) -> Option<Self> {
         match (self, later) {
             (
                 Self::Add { reports, at, .. },
@@ -136,10 +136,10 @@ impl Change {
                         None => reports.push(report),
                     }
                 }
-                Ok(())
+                None
             }
-            (this, later) if *this == later => Ok(()),
-            (_, later) => Err(later),
+            (this, later) if *this == later => None,
+            (_, later) => Some(later),
         }
     }
 
@@ -202,7 +202,7 @@ mod tests {
             Step::Nothing => group,
             Step::Put(mut group) => {
                 group.metadata.version = Version::new(16);
-                Some(group)
+                Some(*group)
             }
             Step::Delete(_) => None,
         }
@@ -286,7 +286,7 @@ mod tests {
         ) {
             let group = before.iter().fold(None, |group, change| stored(change, group));
             let mut both = first.clone();
-            if both.absorb(second.clone()).is_ok() {
+            if both.absorb(second.clone()).is_none() {
                 let alerts = |group: Option<AlertGroup>| group.map(|group| group.alerts);
                 let one_by_one = stored(&second, stored(&first, group.clone()));
                 prop_assert_eq!(alerts(stored(&both, group)), alerts(one_by_one));

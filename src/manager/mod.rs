@@ -5,6 +5,7 @@
 //! |---|---|
 //! | here | [`AlertGroupManager`]: the groups, as a replica works with them |
 //! | [`change`] | the changes of a group, pure |
+//! | `attempt` | one attempt to make a change |
 //! | [`known`] | the copies that a replica has of groups |
 //! | [`outbox`] | changes that only memory has, to be made again |
 //! | [`affinity`] | the instances of a service as one store, each key at its own |
@@ -17,6 +18,7 @@
 //! alerts to one group at the same moment end with one group of two alerts.
 
 pub mod affinity;
+mod attempt;
 pub mod change;
 pub mod group_keys;
 mod hash;
@@ -38,16 +40,14 @@ use thiserror::Error;
 use tokio::time::Instant;
 
 use self::{
-    change::{Change, Step},
+    attempt::{Attempt, Done, attempt, is_worth_another},
+    change::Change,
     known::{Filter, KnownGroups, KnownStats},
     outbox::{Outbox, OutboxCounts},
 };
 use crate::{
     group::{Alert, AlertGroup, GroupKey, Time},
-    store::{
-        Answer, Backend, Deadline, ErrorKind, Expiry, Failure, GroupStore, Problem, StoreError,
-        Swap,
-    },
+    store::{Backend, Deadline, Failure, GroupStore, Problem, StoreError},
 };
 
 /// The alert groups of a replica, over any store. Cheap to clone.
@@ -212,20 +212,6 @@ struct Counters {
     most_attempts: AtomicU64,
     conflicts: AtomicU64,
     retried_failures: AtomicU64,
-}
-
-/// What an attempt has come to.
-enum Attempt {
-    Done {
-        outcome: Outcome,
-        before: Option<AlertGroup>,
-        after: Option<AlertGroup>,
-        /// What is left of its time to live, where it is known.
-        left: Option<Duration>,
-        backend: Backend,
-    },
-    /// Another change came first; this is stored now.
-    Lost(Answer<Option<AlertGroup>>),
 }
 
 // === impl ManagerSettings ===
@@ -523,13 +509,14 @@ impl AlertGroupManager {
                 .fetch_max(attempts.into(), Ordering::Relaxed);
             let deadline = give_up.min(Instant::now() + settings.call_timeout);
             match attempt(&*store, settings, key, &change, seen.take(), deadline).await {
-                Ok(Attempt::Done {
-                    outcome,
-                    before,
-                    after,
-                    left,
-                    backend,
-                }) => {
+                Ok(Attempt::Done(done)) => {
+                    let Done {
+                        outcome,
+                        before,
+                        after,
+                        left,
+                        backend,
+                    } = *done;
                     counts.changes.fetch_add(1, Ordering::Relaxed);
                     if outcome == Outcome::Unchanged {
                         counts.unchanged.fetch_add(1, Ordering::Relaxed);
@@ -620,106 +607,5 @@ impl AlertGroupManager {
     fn outbox(&self) -> MutexGuard<'_, Outbox> {
         // Nothing in there panics half way.
         self.0.outbox.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Tries once, on what a lost race has just shown to be stored, or else on what
-/// is loaded.
-async fn attempt(
-    store: &dyn GroupStore,
-    settings: &ManagerSettings,
-    key: &GroupKey,
-    change: &Change,
-    seen: Option<Answer<Option<AlertGroup>>>,
-    deadline: Instant,
-) -> Result<Attempt, Failure> {
-    let deadline = Deadline::at(deadline);
-    let stored = match seen {
-        Some(seen) => seen,
-        None => {
-            let answer = store.load(key, false, deadline).await?;
-            answer.map(|stored| stored.map(|stored| stored.group))
-        }
-    };
-    match change.apply(key, stored.value.as_ref()) {
-        Step::Nothing => Ok(Attempt::Done {
-            outcome: Outcome::Unchanged,
-            before: stored.value.clone(),
-            after: stored.value,
-            left: None,
-            backend: stored.backend,
-        }),
-        Step::Put(mut group) => {
-            let expected = stored
-                .value
-                .as_ref()
-                .and_then(|group| group.metadata.version);
-            let expiry = expiry_of(&group, settings.group_ttl);
-            let answer = store
-                .compare_and_swap(&group, expected, expiry, deadline)
-                .await?;
-            let backend = answer.backend;
-            Ok(match answer.value {
-                Swap::Swapped(written) => {
-                    group.metadata.version = Some(written.version);
-                    Attempt::Done {
-                        outcome: Outcome::Stored,
-                        before: stored.value,
-                        after: Some(group),
-                        left: written.expires.map(|expires| expires.left),
-                        backend,
-                    }
-                }
-                Swap::Lost { current } => {
-                    Attempt::Lost(backend.answers(current.map(|current| *current)))
-                }
-            })
-        }
-        Step::Delete(version) => {
-            let answer = store.delete(key, Some(version), deadline).await?;
-            let backend = answer.backend;
-            if answer.value.deleted {
-                return Ok(Attempt::Done {
-                    outcome: Outcome::Deleted,
-                    before: stored.value,
-                    after: None,
-                    left: None,
-                    backend,
-                });
-            }
-            // It says which version it met, and not the group.
-            let current = store.load(key, false, deadline).await?;
-            Ok(Attempt::Lost(
-                current.map(|stored| stored.map(|stored| stored.group)),
-            ))
-        }
-    }
-}
-
-/// A group lives on while something fires; once nothing does, its time runs out.
-fn expiry_of(group: &AlertGroup, ttl: Duration) -> Expiry {
-    if group.counts().firing > 0 {
-        Expiry::After(ttl)
-    } else {
-        Expiry::Keep { otherwise: ttl }
-    }
-}
-
-/// Whether the same change may fare better in a moment.
-fn is_worth_another(error: &StoreError) -> bool {
-    match error.kind() {
-        ErrorKind::OutcomeUnknown
-        | ErrorKind::ListingRestarted
-        | ErrorKind::DeadlineExceeded
-        | ErrorKind::Overloaded
-        | ErrorKind::Unavailable => true,
-        ErrorKind::Invalid
-        | ErrorKind::TooLarge
-        | ErrorKind::Unreadable
-        | ErrorKind::ForeignType
-        | ErrorKind::VersionOutOfRange
-        | ErrorKind::MemoryFull
-        | ErrorKind::Unauthenticated
-        | ErrorKind::Bug => false,
     }
 }

@@ -57,13 +57,11 @@ impl Outbox {
         }
         let changes = self.changes.entry(key.clone()).or_default();
         let before: usize = changes.iter().map(Change::weight).sum();
-        let absorbed = match changes.last_mut() {
+        let apart = match changes.last_mut() {
             Some(last) => last.absorb(change),
-            None => Err(change),
+            None => Some(change),
         };
-        if let Err(change) = absorbed {
-            changes.push(change);
-        }
+        changes.extend(apart);
         let after: usize = changes.iter().map(Change::weight).sum();
         self.weight = self.weight - before + after;
         self.counts.remembered += 1;

@@ -22,7 +22,8 @@ use prost::Message;
 use tokio::time::Instant;
 use tonic::{
     Request, Response, Status,
-    transport::{Channel, Endpoint},
+    metadata::{Ascii, MetadataValue},
+    transport::{Channel, ClientTlsConfig, Endpoint},
 };
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -36,6 +37,7 @@ use crate::{
         proto::{self as pb, group_state_service_client::GroupStateServiceClient},
         validation,
     },
+    reload::Watched,
     store::{
         Backend, Deadline, Deletion, ErrorKind, Expiry, Failure, GroupBatch, GroupStore, KeyPage,
         LoadAll, Reply, StoreError, Stored, Swap, Written,
@@ -67,6 +69,13 @@ pub struct RemoteSettings {
     pub keepalive_interval: Duration,
     /// It counts as broken when it gives none for this long. Default 5 s.
     pub keepalive_timeout: Duration,
+    /// How to speak TLS, with the name that the server's certificate bears as
+    /// its domain name: instances are called by their addresses. Default None:
+    /// plain text.
+    pub tls: Option<ClientTlsConfig>,
+    /// Sent with every call as `authorization: Bearer TOKEN`; looked up for each,
+    /// so that it may change. Default None.
+    pub token: Option<Watched<String>>,
 }
 
 /// What was seen of an instance.
@@ -112,6 +121,8 @@ impl Default for RemoteSettings {
             connect_timeout: Duration::from_secs(1),
             keepalive_interval: Duration::from_secs(10),
             keepalive_timeout: Duration::from_secs(5),
+            tls: None,
+            token: None,
         }
     }
 }
@@ -122,7 +133,10 @@ impl RemoteStore {
     /// The instance at `address`, as `host:port`. Must be called within a
     /// Tokio runtime.
     pub fn at(address: &str, settings: RemoteSettings) -> Result<Self, tonic::transport::Error> {
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))?;
+        let endpoint = match settings.tls.clone() {
+            Some(tls) => Endpoint::from_shared(format!("https://{address}"))?.tls_config(tls)?,
+            None => Endpoint::from_shared(format!("http://{address}"))?,
+        };
         let channel = endpoint
             .connect_timeout(settings.connect_timeout)
             .http2_keep_alive_interval(settings.keepalive_interval)
@@ -174,6 +188,20 @@ impl RemoteStore {
         ServingStatus::try_from(reply.status).ok()
     }
 
+    /// A request that says who calls.
+    fn request<M>(&self, message: M) -> Request<M> {
+        let mut request = Request::new(message);
+        let token = self.settings.token.as_ref();
+        let header = token.map(|token| format!("Bearer {}", token.current()));
+        // A token that no header can hold is none that a service knows.
+        let header = header.and_then(|header| MetadataValue::<Ascii>::try_from(header).ok());
+        if let Some(mut header) = header {
+            header.set_sensitive(true);
+            request.metadata_mut().insert("authorization", header);
+        }
+        request
+    }
+
     /// Makes one call, within its deadline.
     async fn call<M, R, F>(
         &self,
@@ -187,7 +215,7 @@ impl RemoteStore {
     {
         let until = deadline.or_within(self.settings.call_timeout);
         let given = until.saturating_duration_since(Instant::now());
-        let mut request = Request::new(message);
+        let mut request = self.request(message);
         request.set_timeout(given);
         let answered = tokio::time::timeout_at(until, call(self.client.clone(), request)).await;
         let status = match answered {
@@ -497,7 +525,7 @@ impl GroupStore for RemoteStore {
     }
 
     async fn load_all(&self, prefix: &str, deadline: Deadline) -> Reply<LoadAll> {
-        let mut request = Request::new(pb::LoadAllRequest {
+        let mut request = self.request(pb::LoadAllRequest {
             prefix: prefix.to_owned(),
         });
         if let Some(until) = deadline.instant() {

@@ -156,6 +156,14 @@ impl Breaker {
         }
     }
 
+    /// Another server has taken the place of the one that is left alone; there is
+    /// no reason to wait with it.
+    pub fn meets_another_server(&mut self) {
+        if matches!(self.state, State::Open { .. }) {
+            self.state = State::HalfOpen { pings: 0 };
+        }
+    }
+
     fn begin_period(&mut self, now: Instant) {
         self.period += 1;
         self.since = now;
@@ -222,6 +230,21 @@ mod tests {
         assert!(breaker.probe_succeeds(Probe::Write, now));
         assert!(breaker.is_closed());
         assert_eq!(breaker.next(now), Next::Nothing);
+    }
+
+    #[test]
+    fn another_server_is_probed_at_once_and_has_to_answer_like_any() {
+        let (mut breaker, now) = closed();
+        breaker.meets_another_server();
+        assert!(breaker.is_closed());
+        assert!(breaker.fails(breaker.period(), 0.0, now));
+        assert!(matches!(breaker.next(now), Next::Pause(_)));
+        breaker.meets_another_server();
+        assert_eq!(breaker.next(now), Next::Probe(Probe::Ping));
+        assert!(!breaker.probe_succeeds(Probe::Ping, now));
+        // It says nothing of a probe that is under way.
+        breaker.meets_another_server();
+        assert_eq!(breaker.state(), State::HalfOpen { pings: 1 });
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | `heartbeat`, one a connection | PINGs; opens the switch, replaces a dead connection |
 //! | `probe` | closes the switch |
-//! | `look_after` | looks at the server behind a new connection; keeps the probe keys fresh |
+//! | `look_after` | looks at the server, now and then and behind a new connection; keeps the probe keys fresh |
 //! | [`BringBack::run`] | tells Redis what memory holds, then fills the mirror |
 
 use std::{
@@ -171,6 +171,9 @@ impl Watch {
     /// The probe keys are written this often. What Redis took since then may be
     /// missing after a crash although the probe is there.
     const PROBE_REFRESH: Duration = Duration::from_secs(1);
+    /// The server is looked at this often, too: somebody may have set another
+    /// `maxmemory-policy`.
+    const LOOK_AGAIN: Duration = Duration::from_secs(10);
     /// Longer than an outage that anybody has patience for; a key of an instance
     /// that is gone leaves by itself.
     const PROBE_TTL: Duration = Duration::from_secs(24 * 3_600);
@@ -192,7 +195,7 @@ impl Watch {
                 (Err(_), _) => {}
             }
             if pong == Err(NoPong::Silence) {
-                self.redis.reconnect(connection).await;
+                self.redis.reconnect(connection);
             }
             tokio::time::sleep_until(sent + Self::HEARTBEAT).await;
         }
@@ -226,6 +229,7 @@ impl Watch {
     /// Probes Redis whenever the switch is open.
     async fn probe(self: Arc<Self>) {
         let mut status = self.switch.subscribe();
+        let mut moved = self.redis.moved();
         loop {
             match self.switch.next() {
                 Next::Probe(Probe::Ping) => match self.redis.ping_any(Self::PROBE_BOUND).await {
@@ -242,9 +246,19 @@ impl Watch {
                 },
                 Next::Probe(Probe::Write) => match self.probe_write().await {
                     Ok(server) => self.switch.write_succeeds(server),
-                    Err(failed) => self.switch.probe_fails(&failed.error.to_string()),
+                    Err(failed) => {
+                        self.switch.probe_fails(&failed.error.to_string());
+                        if failed.is_refused_by_replica() {
+                            // Its address may lead to the primary by now.
+                            self.redis.reconnect_all();
+                        }
+                    }
                 },
-                Next::Pause(pause) => tokio::time::sleep(pause).await,
+                Next::Pause(pause) => tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    // The sender lives as long as `redis`.
+                    _ = moved.changed() => self.switch.meets_another_server(),
+                },
                 Next::Nothing => {
                     // The switch outlives this task.
                     let _ = status.wait_for(|status| !status.closed).await;
@@ -368,23 +382,26 @@ impl Watch {
         }
     }
 
-    /// While Redis answers: looks at the server behind each new connection, and
-    /// keeps the probe keys fresh, which also shows whether Redis takes writes
-    /// when nobody writes.
+    /// While Redis answers: looks at the server, now and then and behind each new
+    /// connection, and keeps the probe keys fresh, which also shows whether Redis
+    /// takes writes when nobody writes.
     async fn look_after(self: Arc<Self>) {
         let mut connected = self.redis.connected();
         let mut refresh = tokio::time::interval(Self::PROBE_REFRESH);
         refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut again = tokio::time::interval(Self::LOOK_AGAIN);
+        again.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let reconnected = tokio::select! {
+            let look = tokio::select! {
                 _ = refresh.tick() => false,
+                _ = again.tick() => true,
                 // The sender lives as long as `redis`.
                 changed = connected.changed() => changed.is_ok(),
             };
             let Some(period) = self.switch.redis_period() else {
                 continue;
             };
-            let done = if reconnected {
+            let done = if look {
                 self.look_again(period).await
             } else {
                 self.refresh_probes(period).await
@@ -432,6 +449,8 @@ impl Watch {
     /// If the server is another one, a new epoch begins, as after a recovery.
     async fn look_at(&self, known: &mut KnownServer, period: u64) -> Result<(), NotDone> {
         let look = self.look(Some(known)).await?;
+        self.check_policy(Some(known), &look);
+        known.maxmemory_policy.clone_from(&look.maxmemory_policy);
         if look.server == Server::Same || self.switch.redis_period() != Some(period) {
             return Ok(());
         }

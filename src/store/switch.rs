@@ -138,6 +138,11 @@ impl Switch {
         next
     }
 
+    /// Another server has taken the place of Redis.
+    pub fn meets_another_server(&self) {
+        self.lock().breaker.meets_another_server();
+    }
+
     /// Redis has answered a PING.
     pub fn ping_succeeds(&self) {
         let mut inner = self.lock();

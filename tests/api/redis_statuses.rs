@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 use crate::{
     assert_status,
     common::{
-        redis_server::RedisServer,
+        redis_server::{self, RedisServer},
         service::{Client, Service},
     },
     group, load_request, store_request,
@@ -210,12 +210,17 @@ async fn a_listing_whose_redis_was_restarted_is_aborted() {
 
 #[tokio::test]
 async fn the_password_comes_from_a_file() {
-    let redis = RedisServer::start_with(&["--requirepass", "s3cret"]).await;
+    let redis = RedisServer::start().await;
+    let [user, password] = redis_server::login();
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("password");
-    std::fs::write(&file, "s3cret\n").unwrap();
-    let file = file.display().to_string();
-    let service = Service::start(&["--redis-url", &redis.url(), "--redis-password-file", &file]);
+    std::fs::write(&file, format!("{password}\n")).unwrap();
+    let service = Service::start(&[
+        "--redis-url",
+        &format!("redis://{user}:wrong@{}", redis.addr()),
+        "--redis-password-file",
+        file.to_str().unwrap(),
+    ]);
     service
         .client()
         .await

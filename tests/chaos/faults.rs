@@ -14,7 +14,10 @@ use tokio::{
 };
 
 use super::schedule::{Fault, Step};
-use crate::common::{fault_proxy::FaultProxy, redis_server::RedisServer};
+use crate::common::{
+    fault_proxy::FaultProxy,
+    redis_server::{self, RedisServer},
+};
 
 /// A Redis, and the ways of the instances to it.
 pub struct Site {
@@ -34,12 +37,11 @@ impl Site {
     /// `proxies`: how many ways with faults lead to Redis.
     pub async fn start(persists: bool, proxies: usize) -> Self {
         // Uncompressed, so that reading a file stops for clients often enough.
-        let mut settings = vec![
-            "--enable-protected-configs",
-            "yes",
-            "--rdbcompression",
-            "no",
-        ];
+        let mut settings = vec!["--rdbcompression", "no"];
+        if redis_server::version() >= (7, 0) {
+            // Before, nothing was protected.
+            settings.extend(["--enable-protected-configs", "yes"]);
+        }
         if persists {
             settings.extend(["--appendonly", "yes", "--appendfsync", "always"]);
         }
@@ -86,8 +88,11 @@ impl Site {
             }
             Fault::Pause { writes_only } => {
                 let millis = step.length.as_millis().to_string();
-                let what = if writes_only { "WRITE" } else { "ALL" };
-                self.admin(&["CLIENT", "PAUSE", &millis, what]).await;
+                let mut command = vec!["CLIENT", "PAUSE", &millis];
+                if redis_server::version() >= (6, 2) {
+                    command.push(if writes_only { "WRITE" } else { "ALL" });
+                }
+                self.admin(&command).await;
                 // Redis ends it by itself.
                 sleep_until(end).await;
             }
@@ -106,6 +111,7 @@ impl Site {
                     sleep(period).await;
                 }
             }
+            Fault::Failover(_) => unreachable!("{step}: there is no replica"),
             Fault::Delay(_)
             | Fault::Reset
             | Fault::BlackHole { .. }
@@ -214,12 +220,12 @@ impl Site {
         self.redis.kill();
         sleep(length).await;
         let micros = duration.as_micros() / u128::from(keys.max(1));
-        let settings = [
-            "--key-load-delay",
-            &micros.to_string(),
-            "--loading-process-events-interval-bytes",
-            "1024",
-        ];
+        let micros = micros.to_string();
+        let mut settings = vec!["--key-load-delay", &micros];
+        if redis_server::version() >= (7, 0) {
+            // Before, it answers nobody while it reads so little.
+            settings.extend(["--loading-process-events-interval-bytes", "1024"]);
+        }
         self.redis.launch_again(&settings);
     }
 

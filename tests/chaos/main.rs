@@ -8,6 +8,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`schedule`] | what happens in the run of a seed |
+//! | [`ground`] | where it happens: one Redis, or several of which a replica takes over |
 //! | [`faults`] | makes it happen; [`faults_strike`] shows that it does |
 //! | [`clients`], [`wire`] | writers that remember every answer |
 //! | [`watch`] | logs, metrics, probes, memory of the instances |
@@ -23,6 +24,7 @@
 //!
 //! ```text
 //! make chaos SEEDS=1..100 POLICY=reconcile
+//! make chaos SEEDS=1..10 REDIS=sentinel
 //! ```
 
 #[path = "../common/mod.rs"]
@@ -33,6 +35,7 @@ mod discards;
 mod evidence;
 mod faults;
 mod faults_strike;
+mod ground;
 mod history;
 mod model;
 mod mutants;
@@ -49,6 +52,7 @@ mod wire;
 
 use std::{collections::BTreeSet, env};
 
+use common::replicated::Kind;
 use futures::{StreamExt, stream};
 use run::{Outcome, Run};
 use schedule::{Plan, Policy};
@@ -102,7 +106,8 @@ async fn nothing_is_lost_unsaid_and_every_call_is_answered_whatever_happens_to_r
 }
 
 /// `CHAOS_SEEDS=1..100` or a count, `CHAOS_POLICY=discard`, `reconcile` or, by
-/// default, as drawn, `CHAOS_JOBS=2`: see `make chaos`.
+/// default, as drawn, `CHAOS_JOBS=2`, `CHAOS_REDIS=sentinel` or `cluster`: see
+/// `make chaos`.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "as long as one likes: make chaos"]
 async fn many_seeds() {
@@ -114,7 +119,12 @@ async fn many_seeds() {
     };
     let seeds = env::var("CHAOS_SEEDS").unwrap_or_else(|_| "20".into());
     let seeds = seeds_of(&seeds).expect("CHAOS_SEEDS is 1..100 or a count");
-    hold(seeds.map(|seed| Plan::draw(seed, policy))).await;
+    let kind = Kind::of_environment("CHAOS_REDIS");
+    hold(seeds.map(|seed| match kind {
+        Some(kind) => Plan::failovers(seed, policy, kind),
+        None => Plan::draw(seed, policy),
+    }))
+    .await;
 }
 
 /// `1..100` with both ends, or a count from 1.

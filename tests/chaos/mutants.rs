@@ -16,6 +16,7 @@ fn plan(policy: Policy, steps: Vec<Step>) -> Plan {
         policy,
         instances: 1,
         proxied: false,
+        ground: None,
         persists: false,
         steps,
     }

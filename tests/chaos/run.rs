@@ -19,7 +19,7 @@ use tokio::{
 use super::{
     clients::{Live, RunClock, Sabotage, Writer},
     evidence::{Evidence, Stall, Struck},
-    faults::Site,
+    ground::Ground,
     history::{Call, Content, Found, Key, Role},
     oracle::judge,
     schedule::{After, Plan},
@@ -27,7 +27,7 @@ use super::{
     watch::{self, Seen, resident_bytes},
     wire::FLEETING_TTL,
 };
-use crate::common::{late_requests::LateTally, service::Service};
+use crate::common::{late_requests::LateTally, redis_server::RedisServer, service::Service};
 
 /// A run to be made.
 #[derive(Clone, Debug)]
@@ -52,7 +52,7 @@ pub struct Outcome {
 
 /// The parts of a run while it goes on.
 struct Stage {
-    site: Site,
+    ground: Ground,
     services: Vec<Arc<Service>>,
     first_resident_bytes: Vec<usize>,
     clock: RunClock,
@@ -95,7 +95,7 @@ impl Run {
         let mut stage = Stage::set(&self).await;
         sleep(WARM_UP).await;
         let faults = stage.play(&self.plan).await;
-        let proxies = stage.site.proxies.iter();
+        let proxies = stage.ground.proxies().iter();
         let late = proxies.map(|proxy| proxy.late_requests().tally()).collect();
         let evidence = stage.strike_set(&self, faults).await;
         Outcome {
@@ -113,17 +113,16 @@ impl Stage {
     /// Starts everything.
     async fn set(run: &Run) -> Self {
         let plan = &run.plan;
-        let proxies = if plan.proxied { plan.instances } else { 0 };
-        let site = Site::start(plan.persists, proxies).await;
+        let ground = Ground::start(plan).await;
         if run.deadlines_lifted {
             assert!(plan.proxied, "nobody is there to lift deadlines");
-            for proxy in &site.proxies {
+            for proxy in ground.proxies() {
                 proxy.late_requests().lift_deadlines();
             }
         }
         let mut services = Vec::new();
         for instance in 0..plan.instances {
-            services.push(Arc::new(start_service(plan, &site, instance).await));
+            services.push(Arc::new(start_service(plan, &ground, instance).await));
         }
         for service in &services {
             wait_until_settled(service).await.expect("a healthy start");
@@ -158,7 +157,7 @@ impl Stage {
                 .iter()
                 .map(|service| resident_bytes(service))
                 .collect(),
-            site,
+            ground,
             services,
             clock,
             live,
@@ -175,10 +174,11 @@ impl Stage {
         let mut faults = Vec::new();
         let mut healthy = true;
         for (number, step) in plan.steps.iter().enumerate() {
+            self.ground.make_whole().await;
             let began = self.clock.now();
-            self.site.strike(step).await;
+            self.ground.strike(step).await;
             let ended = self.clock.now();
-            self.site.wait_until_writable(step).await;
+            self.ground.wait_until_writable(step).await;
             let writable = self.clock.now();
             let from_health = healthy;
             let is_last = number + 1 == plan.steps.len();
@@ -194,7 +194,7 @@ impl Stage {
                 _ => self.wait_until_recovered(writable).await,
             };
             if awaited {
-                self.site.wait_for_stragglers().await;
+                self.ground.wait_for_stragglers().await;
                 sleep(QUIET).await;
             }
             faults.push(Struck {
@@ -202,11 +202,12 @@ impl Stage {
                 began,
                 ended,
                 writable,
-                wiped: self.site.is_wiped_by(step.fault),
+                wiped: self.ground.is_wiped_by(step.fault),
                 from_health,
                 awaited,
             });
         }
+        self.ground.make_whole().await;
         faults
     }
 
@@ -252,14 +253,14 @@ impl Stage {
         if calls.iter().any(|call| call.key.role == Role::Fleeting) {
             sleep_until(self.last_fleeting + FLEETING_TTL + EXPIRED_WITHIN).await;
         }
-        let mut finals = read_all(&self.site).await;
+        let mut finals = read_all(&self.ground).await;
         for name in victims(&finals).into_iter().take(run.deleted_behind) {
-            let mut connection = self.site.redis.connect().await;
+            let mut connection = self.ground.primaries()[0].connect().await;
             let () = connection
                 .del(format!("group:{name}"))
                 .await
                 .expect("it is up");
-            finals = read_all(&self.site).await;
+            finals = read_all(&self.ground).await;
         }
         let end = self.clock.now();
         self.stop_watching.store(true, Ordering::Relaxed);
@@ -284,8 +285,8 @@ impl Stage {
     }
 }
 
-async fn start_service(plan: &Plan, site: &Site, instance: usize) -> Service {
-    let url = format!("redis://{}", site.addr_for(instance));
+async fn start_service(plan: &Plan, ground: &Ground, instance: usize) -> Service {
+    let url = ground.url_for(instance);
     let policy = plan.policy.to_string();
     let mirror = MIRROR_MAX_BYTES.to_string();
     // It sleeps while it waits, which would hold up the clients of other runs.
@@ -315,8 +316,16 @@ async fn wait_until_settled(service: &Service) -> Result<(), String> {
 }
 
 /// All groups of the run as they lie in Redis, by group key.
-async fn read_all(site: &Site) -> BTreeMap<String, Found> {
-    let mut connection = site.redis.connect().await;
+async fn read_all(ground: &Ground) -> BTreeMap<String, Found> {
+    let mut groups = BTreeMap::new();
+    for primary in ground.primaries() {
+        groups.extend(read_all_of(primary).await);
+    }
+    groups
+}
+
+async fn read_all_of(redis: &RedisServer) -> BTreeMap<String, Found> {
+    let mut connection = redis.connect().await;
     let mut keys = Vec::new();
     {
         let pattern = format!("group:{}*", Key::PREFIX);

@@ -5,7 +5,10 @@ use std::{fmt, time::Duration};
 
 use rand::{Rng, RngExt, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 
-use crate::common::fault_proxy::Direction;
+use crate::common::{
+    fault_proxy::Direction,
+    replicated::{Failure, Kind},
+};
 
 /// The schedule of one run.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,6 +22,9 @@ pub struct Plan {
     pub proxied: bool,
     /// Redis keeps every write on disk; else a restart comes back empty.
     pub persists: bool,
+    /// Several servers, of which a replica takes over when a primary fails; None:
+    /// one Redis.
+    pub ground: Option<Kind>,
     /// One after the other.
     pub steps: Vec<Step>,
 }
@@ -97,6 +103,9 @@ pub enum Fault {
     /// after that the requests reach Redis. No seed draws it: it came later than
     /// seeds that must mean what they meant.
     Stragglers(Duration),
+    /// A primary fails, and a replica takes over, which is the end; the primary
+    /// comes back later. Only where there is a replica.
+    Failover(Failure),
 }
 
 /// What a fault must do to an instance that is in good health before.
@@ -143,6 +152,7 @@ impl Plan {
             instances,
             proxied,
             persists,
+            ground: None,
             steps: Vec::new(),
         };
         let count = rng.random_range(2..=5);
@@ -157,6 +167,33 @@ impl Plan {
             plan.steps.push(step);
         }
         plan
+    }
+
+    /// The plan of a seed for servers of which a replica takes over.
+    pub fn failovers(seed: u64, policy: Option<Policy>, kind: Kind) -> Self {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let policies = [Policy::Discard, Policy::Reconcile];
+        let drawn_policy = *policies.choose(&mut rng).expect("not empty");
+        let steps = (0..rng.random_range(2..=3)).map(|_| Step {
+            fault: Fault::Failover(if rng.random_bool(0.5) {
+                Failure::Kill
+            } else {
+                Failure::Hang
+            }),
+            target: Target::Everybody,
+            length: Duration::ZERO,
+            after: After::Recovered,
+        });
+        let steps = steps.collect();
+        Self {
+            seed,
+            policy: policy.unwrap_or(drawn_policy),
+            instances: if rng.random_bool(0.5) { 1 } else { 3 },
+            proxied: false,
+            persists: false,
+            ground: Some(kind),
+            steps,
+        }
     }
 
     fn draw_step(&self, rng: &mut impl Rng, may_be_long: &mut bool) -> Step {
@@ -246,7 +283,8 @@ impl Step {
             Fault::Loading(duration) if self.length + duration < NOTICED_REFUSAL => {
                 return Effect::Either;
             }
-            Fault::Loading(_) => Duration::ZERO,
+            // Nobody takes over from one that is silent for less than a second.
+            Fault::Loading(_) | Fault::Failover(_) => Duration::ZERO,
             Fault::Hang | Fault::Partition if self.length <= STALL => return Effect::Spares,
             Fault::Hang
             | Fault::Partition
@@ -309,6 +347,8 @@ impl Fault {
             Self::FlapHang(_) => "flap-hang",
             Self::FlapReset(_) => "flap-reset",
             Self::Stragglers(_) => "stragglers",
+            Self::Failover(Failure::Kill) => "failover-kill",
+            Self::Failover(Failure::Hang) => "failover-hang",
         }
     }
 }
@@ -343,6 +383,9 @@ impl fmt::Display for Step {
 impl Plan {
     /// Such as `3 apart, aof`.
     pub fn topology(&self) -> String {
+        if let Some(kind) = self.ground {
+            return format!("{}, {kind}", self.instances);
+        }
         let place = match (self.instances, self.proxied) {
             (1, false) => "1",
             (1, true) => "1 proxied",

@@ -16,7 +16,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{late_requests::LateRequests, resp::Requests};
+use super::{late_requests::LateRequests, redis_server, resp::Requests};
 
 /// Passes connections on to a server, with faults on demand. Ends when dropped.
 pub struct FaultProxy {
@@ -73,7 +73,7 @@ impl FaultProxy {
 
     /// Its address as a URL for clients of Redis.
     pub fn url(&self) -> String {
-        format!("redis://{}", self.addr)
+        redis_server::url("redis", self.addr)
     }
 
     /// From now on every byte arrives later by this; zero ends it.
@@ -131,6 +131,14 @@ impl FaultProxy {
             // The port is free when the task is gone.
             let _ = accepting.await;
         }
+    }
+
+    /// Leads new connections to another server, as a name does that was given
+    /// another address. Those that are there stay where they are.
+    pub async fn lead_to(&mut self, upstream: SocketAddr) {
+        self.refuse().await;
+        self.upstream = upstream;
+        self.accept().await;
     }
 
     /// Takes new connections again.

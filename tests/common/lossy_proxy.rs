@@ -21,7 +21,7 @@ use tokio::{
     },
 };
 
-use super::{late_requests::LateRequests, resp::Requests};
+use super::{late_requests::LateRequests, redis_server, resp::Requests};
 
 /// Passes bytes on both ways, as the weather allows.
 pub struct LossyProxy {
@@ -98,7 +98,7 @@ impl LossyProxy {
     }
 
     pub fn url(&self) -> String {
-        format!("redis://{}", self.addr)
+        redis_server::url("redis", self.addr)
     }
 
     pub fn set_weather(&self, weather: Weather) {

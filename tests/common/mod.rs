@@ -3,6 +3,9 @@
 
 #![allow(dead_code, reason = "each test binary uses some of the helpers")]
 
+pub mod authority;
+pub mod certificates;
+pub mod examples;
 pub mod fault_proxy;
 pub mod http;
 pub mod late_requests;
@@ -10,7 +13,9 @@ pub mod lossy_proxy;
 pub mod prometheus;
 pub mod proxy;
 pub mod redis_cluster;
+pub mod redis_sentinel;
 pub mod redis_server;
+pub mod replicated;
 pub mod resp;
 pub mod service;
 

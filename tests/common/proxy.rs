@@ -15,6 +15,8 @@ use tokio::{
     sync::Notify,
 };
 
+use super::redis_server;
+
 /// Passes bytes on both ways until it is told to lose replies.
 pub struct Proxy {
     addr: SocketAddr,
@@ -54,7 +56,7 @@ impl Proxy {
     }
 
     pub fn url(&self) -> String {
-        format!("redis://{}", self.addr)
+        redis_server::url("redis", self.addr)
     }
 
     /// Swallows the reply to the next script call, which Redis has executed

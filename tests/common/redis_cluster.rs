@@ -1,10 +1,18 @@
 //! A real Redis Cluster.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use redis::{FromRedisValue, aio::MultiplexedConnection};
 
-use super::{free_address, redis_server::RedisServer};
+use super::{
+    authority::{Authority, text},
+    fault_proxy::FaultProxy,
+    free_address,
+    redis_server::{self, RedisServer},
+};
 
 /// Three primaries that share the slots, some with a replica.
 pub struct RedisCluster {
@@ -34,11 +42,54 @@ impl RedisCluster {
         let mut primaries = Vec::new();
         let mut replicas = Vec::new();
         for _ in SLOTS {
-            primaries.push(start_node(node_timeout).await);
+            primaries.push(start_node(node_timeout, &[]).await);
             if replicated {
-                replicas.push(start_node(node_timeout).await);
+                replicas.push(start_node(node_timeout, &[]).await);
             }
         }
+        Self::joined(primaries, replicas).await
+    }
+
+    /// Three primaries that clients reach through a proxy each.
+    pub async fn start_behind_proxies() -> (Self, Vec<FaultProxy>) {
+        let mut primaries = Vec::new();
+        let mut proxies = Vec::new();
+        for _ in SLOTS {
+            let primary = start_node(Duration::from_secs(10), &[]).await;
+            let proxy = FaultProxy::start(primary.addr()).await;
+            let port = proxy.addr().port().to_string();
+            let mut set = redis::cmd("CONFIG");
+            let set = set.arg(&["SET", "cluster-announce-port", &port]);
+            let () = set.query_async(&mut primary.connect().await).await.unwrap();
+            primaries.push(primary);
+            proxies.push(proxy);
+        }
+        (Self::joined(primaries, Vec::new()).await, proxies)
+    }
+
+    /// Three primaries that are also reached by TLS, with certificates for their
+    /// address.
+    pub async fn start_with_tls(authority: &Authority) -> Self {
+        let issued = authority.issue("127.0.0.1");
+        let ca = authority.ca();
+        let mut primaries = Vec::new();
+        for _ in SLOTS {
+            let port = free_address().port().to_string();
+            let settings = [
+                // Else a node tells of its other port alone.
+                ["--tls-cluster", "yes"],
+                ["--tls-port", &port],
+                ["--tls-cert-file", text(&issued.cert)],
+                ["--tls-key-file", text(&issued.key)],
+                ["--tls-ca-cert-file", text(&ca)],
+                ["--tls-auth-clients", "no"],
+            ];
+            primaries.push(start_node(Duration::from_secs(10), settings.as_flattened()).await);
+        }
+        Self::joined(primaries, Vec::new()).await
+    }
+
+    async fn joined(primaries: Vec<RedisServer>, replicas: Vec<RedisServer>) -> Self {
         let cluster = Self {
             primaries,
             replicas,
@@ -49,7 +100,22 @@ impl RedisCluster {
 
     /// The address of one primary as a URL; clients find the others.
     pub fn url(&self) -> String {
-        format!("redis-cluster://{}", self.primaries[0].addr())
+        redis_server::url("redis-cluster", self.primaries[0].addr())
+    }
+
+    /// The same by TLS.
+    pub async fn tls_url(&self) -> String {
+        let port = setting(&self.primaries[0], "tls-port").await;
+        let addr = SocketAddr::new(self.primaries[0].addr().ip(), port.parse().unwrap());
+        redis_server::url("rediss-cluster", addr)
+    }
+
+    /// One more primary, which has no slots.
+    pub async fn add_primary(&mut self) {
+        let primary = start_node(Duration::from_secs(10), &[]).await;
+        self.primaries.push(primary);
+        self.meet().await;
+        self.wait_until_whole().await;
     }
 
     /// The primary that has a slot at the beginning.
@@ -106,16 +172,7 @@ impl RedisCluster {
             let slots = ["ADDSLOTSRANGE", &first.to_string(), &last.to_string()];
             let () = cluster(&mut connection, &slots).await;
         }
-        let mut first = self.primaries[0].connect().await;
-        for node in self.nodes().skip(1) {
-            let bus = bus_port(node).await;
-            let (ip, port) = (node.addr().ip().to_string(), node.addr().port().to_string());
-            let () = cluster(&mut first, &["MEET", &ip, &port, &bus]).await;
-        }
-        self.wait_for_all("know each other", |info| {
-            info.contains(&format!("cluster_known_nodes:{}", self.nodes().count()))
-        })
-        .await;
+        self.meet().await;
         for (replica, primary) in self.replicas.iter().zip(&self.primaries) {
             let id: String = cluster(&mut primary.connect().await, &["MYID"]).await;
             let begin = Instant::now();
@@ -128,13 +185,35 @@ impl RedisCluster {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }
+        self.wait_until_followed().await;
+    }
+
+    /// Waits until every replica follows its primary.
+    pub async fn wait_until_followed(&self) {
+        self.wait_until_whole().await;
+        for (replica, primary) in self.replicas.iter().zip(&self.primaries) {
+            wait_until_in_sync(replica, primary).await;
+        }
+    }
+
+    async fn meet(&self) {
+        let mut first = self.primaries[0].connect().await;
+        for node in self.nodes().skip(1) {
+            let bus = setting(node, "cluster-port").await;
+            let (ip, port) = (node.addr().ip().to_string(), node.addr().port().to_string());
+            let () = cluster(&mut first, &["MEET", &ip, &port, &bus]).await;
+        }
+        self.wait_for_all("know each other", |info| {
+            info.contains(&format!("cluster_known_nodes:{}", self.nodes().count()))
+        })
+        .await;
+    }
+
+    async fn wait_until_whole(&self) {
         self.wait_for_all("are one cluster", |info| {
             info.contains("cluster_state:ok") && info.contains("cluster_slots_ok:16384")
         })
         .await;
-        for (replica, primary) in self.replicas.iter().zip(&self.primaries) {
-            wait_until_in_sync(replica, primary).await;
-        }
     }
 
     async fn wait_for_all(&self, what: &str, holds: impl Fn(&str) -> bool) {
@@ -154,47 +233,46 @@ impl RedisCluster {
     }
 }
 
-async fn start_node(node_timeout: Duration) -> RedisServer {
+async fn start_node(node_timeout: Duration, more: &[&str]) -> RedisServer {
     // The usual port of the bus, 10,000 above, may be taken or none at all.
     let bus = free_address().port().to_string();
     let timeout = node_timeout.as_millis().to_string();
-    RedisServer::start_with(&[
-        "--cluster-enabled",
-        "yes",
-        "--cluster-port",
-        &bus,
-        "--cluster-node-timeout",
-        &timeout,
-    ])
-    .await
+    let settings = [
+        ["--cluster-enabled", "yes"],
+        ["--cluster-port", &bus],
+        ["--cluster-node-timeout", &timeout],
+    ];
+    RedisServer::start_with(&[settings.as_flattened(), more].concat()).await
 }
 
-async fn bus_port(node: &RedisServer) -> String {
+async fn setting(node: &RedisServer, name: &str) -> String {
     let mut command = redis::cmd("CONFIG");
-    let port: (String, String) = command
+    let (_, value): (String, String) = command
         .arg("GET")
-        .arg("cluster-port")
+        .arg(name)
         .query_async(&mut node.connect().await)
         .await
         .unwrap();
-    port.1
+    value
 }
 
 async fn wait_until_in_sync(replica: &RedisServer, primary: &RedisServer) {
     let begin = Instant::now();
-    let mut connection = replica.connect().await;
     loop {
-        let info: String = redis::cmd("INFO")
+        // A change of its role ends all connections.
+        let info: Result<String, _> = redis::cmd("INFO")
             .arg("replication")
-            .query_async(&mut connection)
-            .await
-            .unwrap();
-        if info.contains("master_link_status:up") {
+            .query_async(&mut replica.connect().await)
+            .await;
+        if info
+            .as_ref()
+            .is_ok_and(|info| info.contains("master_link_status:up"))
+        {
             return;
         }
         assert!(
             begin.elapsed() < Duration::from_secs(20),
-            "{} does not follow {}: {info}",
+            "{} does not follow {}: {info:?}",
             replica.addr(),
             primary.addr()
         );

@@ -1,13 +1,15 @@
 //! A real Redis server.
 
 use std::{
+    env,
+    ffi::OsString,
     net::SocketAddr,
     path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
-use redis::{Client, aio::MultiplexedConnection};
+use redis::{AsyncConnectionConfig, Client, RedisResult, aio::MultiplexedConnection};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -16,9 +18,18 @@ use tokio::{
 
 use super::{Process, free_address};
 
-const INSTALL: &str = "run `make tools`, or as root: apt-get install redis-server";
+pub const INSTALL: &str = "run `make tools`, or as root: apt-get install redis-server";
 
-/// Keeps nothing on disk: a restart comes back empty.
+/// The program that is tried, if not the one on the PATH; see `make matrix`.
+const PROGRAM: &str = "GROUPSTATE_TEST_REDIS";
+
+/// The user as whom the service logs in, with no more rights than it needs.
+const ACL: &str = include_str!("../../deploy/redis/groupstate.acl");
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Keeps nothing on disk: a restart comes back empty. The service logs in as the
+/// user of [`ACL`], tests as the default user, who may do everything.
 pub struct RedisServer {
     addr: SocketAddr,
     process: Process,
@@ -56,7 +67,13 @@ impl RedisServer {
         self.addr
     }
 
+    /// What the service is told.
     pub fn url(&self) -> String {
+        url("redis", self.addr)
+    }
+
+    /// The same for a client that may do everything.
+    pub fn admin_url(&self) -> String {
         format!("redis://{}", self.addr)
     }
 
@@ -66,8 +83,24 @@ impl RedisServer {
 
     /// A connection of an independent client.
     pub async fn connect(&self) -> MultiplexedConnection {
-        let client = Client::open(self.url()).unwrap();
-        client.get_multiplexed_async_connection().await.unwrap()
+        self.try_to_connect().await.unwrap()
+    }
+
+    /// The same where a server may be on its way up or down.
+    pub async fn try_to_connect(&self) -> RedisResult<MultiplexedConnection> {
+        // A busy machine must not look like a server that is gone.
+        let patient = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(PATIENCE))
+            .set_response_timeout(Some(PATIENCE));
+        let client = Client::open(self.admin_url())?;
+        client
+            .get_multiplexed_async_connection_with_config(&patient)
+            .await
+    }
+
+    /// Whether the process is there.
+    pub fn is_running(&mut self) -> bool {
+        self.process.child.try_wait().unwrap().is_none()
     }
 
     /// Ends it as by `kill -9`.
@@ -121,11 +154,52 @@ impl RedisServer {
     }
 }
 
+/// A URL with the user as whom the service logs in.
+pub fn url(scheme: &str, addr: SocketAddr) -> String {
+    let [user, password] = login();
+    format!("{scheme}://{user}:{password}@{addr}")
+}
+
+/// User and password of the service.
+pub fn login() -> [&'static str; 2] {
+    let mut words = ACL.split_whitespace();
+    let password = |word: &'static str| word.strip_prefix('>');
+    let user = words.nth(1).expect("user NAME");
+    [user, words.find_map(password).expect(">password")]
+}
+
+/// The program of `redis-server` or one that takes its place.
+pub fn program() -> OsString {
+    env::var_os(PROGRAM).unwrap_or_else(|| "redis-server".into())
+}
+
+/// Major and minor version of the program.
+pub fn version() -> (u32, u32) {
+    let output = Command::new(program()).arg("--version").output();
+    let output = output.unwrap_or_else(|error| panic!("{error}; {INSTALL}"));
+    // Redis server v=7.0.15 sha=00000000:0 …
+    let text = String::from_utf8_lossy(&output.stdout);
+    let version = text.split("v=").nth(1).unwrap_or_default();
+    let mut numbers = version.split('.').map_while(|number| number.parse().ok());
+    let (major, minor) = (numbers.next(), numbers.next());
+    major
+        .zip(minor)
+        .unwrap_or_else(|| panic!("no version in {text:?}"))
+}
+
 fn spawn(addr: SocketAddr, arguments: &[String], folder: &TempDir) -> Process {
-    let mut command = Command::new("redis-server");
+    let mut command = Command::new(program());
     command
         .args(["--bind", "127.0.0.1", "--port", &addr.port().to_string()])
         .args(["--save", "", "--appendonly", "no"])
+        .args(ACL.split_whitespace().enumerate().map(|(at, word)| {
+            // As one of its settings.
+            if at == 0 {
+                format!("--{word}")
+            } else {
+                word.to_owned()
+            }
+        }))
         .args(["--dir", &folder.path().display().to_string()])
         .args(arguments)
         .stdout(Stdio::null())

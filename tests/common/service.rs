@@ -28,14 +28,24 @@ impl Service {
         Self::start_on("127.0.0.1:0", arguments)
     }
 
+    /// The same with these variables in its environment, which has no others.
+    pub fn start_in(environment: &[(&str, &str)], arguments: &[&str]) -> Self {
+        Self::launch("127.0.0.1:0", environment, arguments)
+    }
+
     /// The same on an address of one's own choice.
     pub fn start_on(addr: &str, arguments: &[&str]) -> Self {
+        Self::launch(addr, &[], arguments)
+    }
+
+    fn launch(addr: &str, environment: &[(&str, &str)], arguments: &[&str]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_groupstate"));
         command
             .args(["--grpc-addr", addr, "--http-addr", "127.0.0.1:0"])
             .args(["--log-format", "json"])
             .args(arguments)
             .env_clear()
+            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());

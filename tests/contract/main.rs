@@ -20,7 +20,10 @@ use std::{
     time::Duration,
 };
 
-use common::{redis_cluster::RedisCluster, redis_server::RedisServer, service::Service};
+use common::{
+    redis_cluster::RedisCluster, redis_sentinel::RedisSentinel, redis_server::RedisServer,
+    service::Service,
+};
 use groupstate::{
     manager::remote::{RemoteSettings, RemoteStore},
     store::{
@@ -28,7 +31,7 @@ use groupstate::{
         documents::Documents,
         failover::{Failover, FailoverSettings},
         memory::MemoryStore,
-        redis::{RedisSettings, RedisStore},
+        redis::{ClientTls, RedisSettings, RedisStore},
         switch::OnRecovery,
     },
     version::InstanceId,
@@ -69,15 +72,32 @@ async fn cluster_store() -> (Arc<dyn GroupStore>, Arc<RedisCluster>) {
         None => Arc::new(RedisCluster::start().await),
     };
     *shared = Arc::downgrade(&cluster);
-    let prefix = format!("store {}:", STORES.fetch_add(1, Ordering::Relaxed));
+    let prefix = format!("group:store {}:", STORES.fetch_add(1, Ordering::Relaxed));
     let store = store_of(&cluster.url(), &prefix, Duration::from_secs(1)).await;
     (store, cluster)
+}
+
+/// A Redis store that asks sentinels, in the same way.
+async fn sentinel_store() -> (Arc<dyn GroupStore>, Arc<RedisSentinel>) {
+    static SHARED: Mutex<Weak<RedisSentinel>> = Mutex::const_new(Weak::new());
+    static STORES: AtomicU32 = AtomicU32::new(0);
+
+    let mut shared = SHARED.lock().await;
+    let sentinel = match shared.upgrade() {
+        Some(sentinel) => sentinel,
+        // Nobody fails over because the machine is busy.
+        None => Arc::new(RedisSentinel::start(Duration::from_secs(30)).await),
+    };
+    *shared = Arc::downgrade(&sentinel);
+    let prefix = format!("group:store {}:", STORES.fetch_add(1, Ordering::Relaxed));
+    let store = store_of(&sentinel.url(), &prefix, Duration::from_secs(1)).await;
+    (store, sentinel)
 }
 
 /// Redis with memory behind it, while Redis answers.
 async fn failover_store() -> (Arc<dyn GroupStore>, RedisServer) {
     let server = RedisServer::start().await;
-    let settings = RedisSettings::new(&server.url(), 2, Duration::from_millis(250)).unwrap();
+    let settings = settings(&server.url(), Duration::from_millis(250));
     let redis = RedisStore::open(&settings, "group:", MAX_DOCUMENT_BYTES).unwrap();
     let instance = InstanceId::random();
     let failover = Failover::open(
@@ -100,8 +120,16 @@ async fn failover_store() -> (Arc<dyn GroupStore>, RedisServer) {
 /// A service in a process of its own, through the client of the replicas.
 async fn remote_store() -> (Arc<dyn GroupStore>, (RedisServer, Service)) {
     let server = RedisServer::start().await;
-    // What the suite takes for the default, which is the server's to say.
-    let service = Service::start(&["--redis-url", &server.url(), "--default-ttl", "100s"]);
+    let service = Service::start(
+        &[
+            &["--redis-url", &server.url()][..],
+            // What the suite takes for the default, which is the server's to say.
+            &["--default-ttl", "100s"],
+            // So that a busy machine is not taken for a Redis that fails.
+            &["--redis-timeout", "1s", "--trip-after", "10s"],
+        ]
+        .concat(),
+    );
     let store = RemoteStore::at(service.addr(), RemoteSettings::default()).unwrap();
     (Arc::new(store), (server, service))
 }
@@ -113,7 +141,7 @@ async fn store_at(url: &str, timeout: Duration) -> Arc<dyn GroupStore> {
 
 /// The same, whose keys begin with `prefix`.
 async fn store_of(url: &str, prefix: &str, timeout: Duration) -> Arc<dyn GroupStore> {
-    let settings = RedisSettings::new(url, 2, timeout).unwrap();
+    let settings = settings(url, timeout);
     let store = RedisStore::open(&settings, prefix, MAX_DOCUMENT_BYTES).unwrap();
     assert!(store.wait(Instant::now() + Duration::from_secs(5)).await);
     Arc::new(Documents::new(
@@ -121,6 +149,10 @@ async fn store_of(url: &str, prefix: &str, timeout: Duration) -> Arc<dyn GroupSt
         MAX_DOCUMENT_BYTES,
         InstanceId::random(),
     ))
+}
+
+fn settings(url: &str, timeout: Duration) -> RedisSettings {
+    RedisSettings::new(url, ClientTls::default(), 2, timeout).unwrap()
 }
 
 /// Runs the whole suite against each of some stores.
@@ -168,6 +200,7 @@ every_store_keeps_the_contract!(
     memory_store,
     redis_store,
     cluster_store,
+    sentinel_store,
     failover_store,
     remote_store
 );

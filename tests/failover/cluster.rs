@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use common::{redis_cluster::RedisCluster, redis_server::RedisServer};
+use common::{fault_proxy::Direction, redis_cluster::RedisCluster, redis_server::RedisServer};
 
 use super::*;
 
@@ -214,4 +214,52 @@ async fn a_slot_that_moves_to_another_primary_loses_nothing() {
         assert_eq!(fingerprints(&loaded), [writes.to_string()]);
     }
     assert_eq!(scene.service.metric("storage_recovery_total").await, 0.0);
+}
+
+/// Connections to it stay as they are, and are dead: nobody says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_primary_that_was_out_of_reach_is_connected_to_anew() {
+    let (cluster, proxies) = RedisCluster::start_behind_proxies().await;
+    let mut scene = ClusterScene::new(cluster).await;
+    assert_eq!(scene.store_all(&["a"]).await, [REDIS; KEYS]);
+    proxies[1].swallow(Direction::Both);
+    scene.wait_until_degraded().await;
+    assert_eq!(scene.store_all(&["b"]).await, [MEMORY; KEYS]);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    proxies[1].stop_swallowing();
+    scene.wait_until_back(BACK_WITHIN).await;
+    scene.holds_all(&["b"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn scripts_reach_servers_that_do_not_know_them() {
+    let mut scene = ClusterScene::new(RedisCluster::start().await).await;
+    assert_eq!(scene.store_all(&["a"]).await, [REDIS; KEYS]);
+    for primary in &scene.cluster.primaries {
+        redis_command(&mut primary.connect().await, &["SCRIPT", "FLUSH"]).await;
+    }
+    let groups = (0..KEYS).map(|i| group(&format!("k/{i}"), &["b"]));
+    let request = pb::StoreAllRequest {
+        groups: groups.collect(),
+        expiry: None,
+    };
+    let stored = scene.client.store_all(request).await.unwrap().into_inner();
+    for stored in stored.results {
+        assert_eq!((stored.backend, stored.error), (REDIS, None));
+    }
+    scene.holds_all(&["b"]).await;
+
+    // A server that was not there when the service started.
+    scene.cluster.add_primary().await;
+    let mut first = scene.cluster.primaries[0].connect().await;
+    let slot = redis_command(&mut first, &["CLUSTER", "KEYSLOT", "group:k/0"]).await;
+    let slot: u16 = redis::from_redis_value(slot).unwrap();
+    let key = ["group:k/0".to_owned()];
+    let from = RedisCluster::owner_of(slot);
+    scene.cluster.migrate(slot, from, 3, &key).await;
+    assert_eq!(scene.store_all(&["c"]).await, [REDIS; KEYS]);
+    scene.holds_all(&["c"]).await;
+    let mut last = scene.cluster.primaries[3].connect().await;
+    let held = redis_command(&mut last, &["EXISTS", "group:k/0"]).await;
+    assert_eq!(held, redis::Value::Int(1));
 }

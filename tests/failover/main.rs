@@ -11,6 +11,7 @@ mod life;
 mod mirror;
 mod opening;
 mod recovery;
+mod sentinel;
 
 use std::time::Duration;
 

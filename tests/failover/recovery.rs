@@ -260,3 +260,20 @@ async fn a_hung_redis_that_wakes_up_does_not_replay_old_writes() {
     assert_eq!((loaded.backend, version(&loaded)), (REDIS, before.version));
     assert_eq!(fingerprints(&loaded), ["before"]);
 }
+
+/// A name that leads to the primary, without anything that tells who that is. The
+/// old one goes on as a replica and keeps its connections.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_was_the_primary_is_left_for_the_new_one() {
+    let mut scene = Scene::new(&["--on-recovery", "reconcile"]).await;
+    assert_eq!(scene.store("k", &["a"]).await.backend, REDIS);
+    let new = RedisServer::start().await;
+    scene.proxy.lead_to(new.addr()).await;
+    let mut old = scene.redis_client().await;
+    let port = new.addr().port().to_string();
+    redis_command(&mut old, &["REPLICAOF", "127.0.0.1", &port]).await;
+    assert_eq!(scene.store("k", &["b"]).await.backend, MEMORY);
+    scene.wait_until_back().await;
+    let loaded = scene.load("k").await.unwrap();
+    assert_eq!((loaded.backend, fingerprints(&loaded)), (REDIS, vec!["b"]));
+}

@@ -5,12 +5,14 @@
 //! | here | what a manager does for its caller |
 //! | `races.rs` | changes that meet, and stores that fail in between |
 //! | `outages.rs` | Redis or an instance goes, and no alert with it |
+//! | `secured.rs` | TLS and tokens |
 
 #[path = "../common/mod.rs"]
 mod common;
 
 mod outages;
 mod races;
+mod secured;
 
 use std::{sync::Arc, time::Duration};
 

@@ -1,15 +1,17 @@
 //! What an operator sees of the service: its metrics, its log, the level of the
-//! log.
+//! log, its traces.
 
 #[path = "../common/mod.rs"]
 mod common;
 #[path = "../api/double.rs"]
 mod double;
 
+mod collector;
 mod log_level;
 mod logs;
 mod metrics;
 mod scrape;
+mod traces;
 
 use groupstate::grpc::proto as pb;
 

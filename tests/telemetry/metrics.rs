@@ -46,6 +46,15 @@ const RESULTS: [&str; 10] = [
     "error",
 ];
 
+const FILES: [&str; 6] = [
+    "tls-cert",
+    "tls-client-ca",
+    "auth-token-file",
+    "redis-password-file",
+    "redis-ca",
+    "redis-cert",
+];
+
 const COMMANDS: [&str; 6] = ["write", "delete", "restore", "read", "scan", "other"];
 
 const BUCKETS: [&str; 25] = [
@@ -55,9 +64,11 @@ const BUCKETS: [&str; 25] = [
 ];
 
 /// What dashboards and rules are written against: name and type.
-const METRICS: [(&str, &str); 24] = [
+const METRICS: [(&str, &str); 28] = [
     ("build_info", "gauge"),
     ("calls_shed_total", "counter"),
+    ("connection_failures_total", "counter"),
+    ("connections", "gauge"),
     ("degraded_writes_carried_total", "counter"),
     ("degraded_writes_discarded_total", "counter"),
     ("degraded_writes_merged_total", "counter"),
@@ -73,6 +84,7 @@ const METRICS: [(&str, &str); 24] = [
     ("redis_duration_seconds", "histogram"),
     ("redis_may_evict", "gauge"),
     ("redis_retries_total", "counter"),
+    ("reload_failures_total", "counter"),
     ("storage_duration_seconds", "histogram"),
     ("storage_fallback_total", "counter"),
     ("storage_health", "gauge"),
@@ -80,6 +92,7 @@ const METRICS: [(&str, &str); 24] = [
     ("storage_operations_total", "counter"),
     ("storage_recovery_total", "counter"),
     ("switch_state", "gauge"),
+    ("trace_spans_dropped_total", "counter"),
 ];
 
 /// Asserts that every series is there whose value is 0 at first.
@@ -102,10 +115,19 @@ fn assert_all_zero(scrape: &Scrape) {
     for command in COMMANDS {
         assert_histogram(scrape, "redis_duration_seconds", "command", command);
     }
-    for limit in ["max-concurrent-calls", "max-scans"] {
+    for limit in ["max-concurrent-calls", "max-inflight-bytes", "max-scans"] {
         zero(&format!(r#"calls_shed_total{{limit="{limit}"}}"#));
     }
+    for reason in ["max-connections", "handshake", "timeout"] {
+        zero(&format!(
+            r#"connection_failures_total{{reason="{reason}"}}"#
+        ));
+    }
+    for file in FILES {
+        zero(&format!(r#"reload_failures_total{{file="{file}"}}"#));
+    }
     for series in [
+        "connections",
         "storage_operations_in_flight",
         "storage_recovery_total",
         "groups_restored_total",
@@ -120,6 +142,7 @@ fn assert_all_zero(scrape: &Scrape) {
         "mirror_dirty_bytes",
         "redis_retries_total",
         "redis_may_evict",
+        "trace_spans_dropped_total",
         r#"storage_fallback_total{reason="redis_error"}"#,
     ] {
         zero(series);
@@ -461,6 +484,32 @@ async fn while_redis_is_down_the_switch_and_what_is_dirty_show() {
 }
 
 #[tokio::test]
+async fn a_policy_that_is_set_while_redis_runs_is_noticed() {
+    let redis = RedisServer::start().await;
+    let service = Service::start(&["--redis-url", &redis.url()]);
+    let mut direct = redis.connect().await;
+    let warning = "maxmemory-policy is not noeviction";
+    for (policy, may_evict) in [
+        ("noeviction", 0.0),
+        ("allkeys-lru", 1.0),
+        ("noeviction", 0.0),
+    ] {
+        let mut command = redis::cmd("CONFIG");
+        let command = command.arg("SET").arg("maxmemory-policy").arg(policy);
+        let _: redis::Value = command.query_async(&mut direct).await.unwrap();
+        wait_until("it is noticed", Duration::from_secs(20), async || {
+            Scrape::of(&service).await.value("redis_may_evict") == may_evict
+        })
+        .await;
+    }
+    let log = service.log();
+    let warnings = log.iter().filter(|line| line.contains(warning));
+    assert_eq!(warnings.count(), 1, "{log:#?}");
+    let switched = Scrape::of(&service).await;
+    assert_eq!(switched.value("storage_recovery_total"), 0.0);
+}
+
+#[tokio::test]
 async fn attempts_beyond_the_first_are_counted() {
     let redis = RedisServer::start().await;
     let service = Service::start(&["--redis-url", &redis.url(), "--trip-after", "20s"]);
@@ -558,5 +607,9 @@ fn the_readme_has_every_metric() {
         .filter(|(_, kind)| ["counter", "gauge", "histogram"].contains(kind))
         .collect();
     told.sort_unstable();
-    assert_eq!(told, METRICS);
+    let mut expected = METRICS.to_vec();
+    // Only there with TLS; see the tests of the front door.
+    expected.push(("certificate_expiry_timestamp_seconds", "gauge"));
+    expected.sort_unstable();
+    assert_eq!(told, expected);
 }

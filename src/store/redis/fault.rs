@@ -1,5 +1,7 @@
 //! What an error of fred or Redis means for the call that met it.
 
+use std::borrow::Cow;
+
 use fred::prelude::{Error, ErrorKind};
 
 use crate::store::StoreError;
@@ -52,6 +54,22 @@ impl Fault {
         }
     }
 
+    /// One word of a small vocabulary: the code of an error reply of Redis, or
+    /// what there is instead.
+    pub fn kind(&self) -> Cow<'static, str> {
+        match self {
+            Self::NotRun(text) | Self::Lost(text) if is_reply_of_redis(text) => {
+                text.split(' ').next().unwrap_or_default().to_owned().into()
+            }
+            Self::NotRun(_) => "not_sent".into(),
+            Self::Lost(_) => "no_answer".into(),
+            Self::NoScript => "NOSCRIPT".into(),
+            Self::Redirected => "redirected".into(),
+            Self::Final(StoreError::ForeignType) => "WRONGTYPE".into(),
+            Self::Final(_) => "error".into(),
+        }
+    }
+
     /// The same fault of a command that only prepares a write: whether it was
     /// executed or not, nothing was written.
     pub fn before_the_write(self) -> Self {
@@ -63,14 +81,21 @@ impl Fault {
 }
 
 /// The text of an error of fred for people: it prints those of the system in the
-/// form for programmers, `Os { code: 111, …, message: "Connection refused" }`.
+/// form for programmers, `Os { code: 111, …, message: "Connection refused" }`, and
+/// those of TLS as `Custom { kind: InvalidData, error: … }`.
 pub fn readable(error: &Error) -> &str {
     let text = error.details();
-    let message = text
-        .strip_prefix("Os {")
-        .and_then(|os| os.split_once("message: \""))
-        .and_then(|(_, message)| message.split_once('"'));
-    message.map_or(text, |(message, _)| message)
+    if let Some((_, message)) = text.split_once("message: \"")
+        && text.starts_with("Os {")
+    {
+        return message.trim_end_matches("\" }");
+    }
+    if let Some((_, inner)) = text.split_once("error: ")
+        && text.starts_with("Custom {")
+    {
+        return inner.trim_end_matches(" }").trim_matches('"');
+    }
+    text
 }
 
 /// Replies of Redis begin with a code in capitals (`ERR`, `LOADING`, …); fred's
@@ -108,12 +133,36 @@ mod tests {
     }
 
     #[test]
+    fn the_kind_of_a_fault_is_one_word() {
+        let faults = [
+            (Fault::of_reply("READONLY You can't write"), "READONLY"),
+            (Fault::of_reply("NOSCRIPT No matching script."), "NOSCRIPT"),
+            (Fault::of_reply("WRONGTYPE Operation against"), "WRONGTYPE"),
+            (Fault::NotRun("connecting again".into()), "not_sent"),
+            (Fault::Lost("no answer in time".into()), "no_answer"),
+        ];
+        for (fault, kind) in faults {
+            assert_eq!(fault.kind(), kind);
+        }
+    }
+
+    #[test]
     fn errors_of_the_system_are_told_in_plain_words() {
         let text = "Os { code: 111, kind: ConnectionRefused, message: \"Connection refused\" }";
         assert_eq!(
             readable(&Error::new(ErrorKind::IO, text)),
             "Connection refused"
         );
+        for (inner, shown) in [
+            (
+                "InvalidCertificate(UnknownIssuer)",
+                "InvalidCertificate(UnknownIssuer)",
+            ),
+            ("\"failed to lookup\"", "failed to lookup"),
+        ] {
+            let text = format!("Custom {{ kind: InvalidData, error: {inner} }}");
+            assert_eq!(readable(&Error::new(ErrorKind::IO, text)), shown);
+        }
         let text = "WRONGPASS invalid username-password pair or user is disabled.";
         assert_eq!(readable(&Error::new(ErrorKind::Auth, text)), text);
     }

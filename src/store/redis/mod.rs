@@ -1,18 +1,24 @@
 //! The Redis store: one string key a group, one script call a write.
 //!
-//! This folder is the only place that knows fred. `attempt.rs` decides when a
-//! call is repeated, `fault.rs` what an error means, `topology.rs` which server
-//! holds a key, `script.rs` and the `.lua` files do the work on one key,
-//! `write.rs` says it in their terms, `scan.rs` lists, `alone.rs` is Redis as a
-//! store without a fallback.
+//! This folder is the only place that knows fred. `settings.rs` and `tls.rs` say
+//! where Redis is, `link.rs` is a pool of connections, `connection.rs` the one
+//! that is used now, `sentinel.rs` finds the primary where sentinels know it.
+//! `attempt.rs` decides when a call is repeated, `fault.rs` what an error means,
+//! `topology.rs` which server holds a key, `script.rs` and the `.lua` files do
+//! the work on one key, `write.rs` says it in their terms, `scan.rs` lists,
+//! `alone.rs` is Redis as a store without a fallback.
 
 mod alone;
 mod attempt;
 mod connection;
 mod fault;
+mod link;
 mod scan;
 mod script;
+mod sentinel;
 mod server_info;
+mod settings;
+mod tls;
 mod topology;
 mod write;
 
@@ -24,8 +30,10 @@ use tokio::{sync::watch, time::Instant};
 
 pub use self::{
     attempt::Trail,
-    connection::{NoPong, RedisSettings},
+    link::NoPong,
     server_info::ServerInfo,
+    settings::RedisSettings,
+    tls::{ClientTls, Identity, Trust},
     write::pipelines,
 };
 use self::{
@@ -155,7 +163,7 @@ impl RedisStore {
                 if results.contains(&Err(Fault::NoScript)) {
                     // Once for all; what fails here fails again below, and is
                     // told there.
-                    for node in self.connections.topology().nodes() {
+                    for node in attempt.link.topology().nodes() {
                         let _ = script::WRITE.load(&attempt, &node).await;
                     }
                 }
@@ -284,18 +292,25 @@ impl RedisStore {
 
     /// Asks over any connection whether Redis is there, each of its servers.
     pub async fn ping_any(&self, bound: Duration) -> Result<(), NoPong> {
-        self.connections.ping_any(bound).await
+        self.connections.ping(None, bound).await
     }
 
     /// Asks over the connection `index` whether Redis is there, each of its
     /// servers. Silence is noticed after `bound`.
     pub async fn ping(&self, index: usize, bound: Duration) -> Result<(), NoPong> {
-        self.connections.ping(index, bound).await
+        self.connections.ping(Some(index), bound).await
     }
 
     /// Replaces the connection `index`, whatever it is waiting for.
-    pub async fn reconnect(&self, index: usize) {
-        self.connections.reconnect(index).await;
+    pub fn reconnect(&self, index: usize) {
+        self.connections.reconnect(index);
+    }
+
+    /// Replaces every connection.
+    pub fn reconnect_all(&self) {
+        for index in 0..self.connections() {
+            self.reconnect(index);
+        }
     }
 
     /// Number of connections.
@@ -306,6 +321,11 @@ impl RedisStore {
     /// Counts new connections: each may lead to another server than before.
     pub fn connected(&self) -> watch::Receiver<u64> {
         self.connections.connected()
+    }
+
+    /// Counts the times that other servers took the place of those before.
+    pub fn moved(&self) -> watch::Receiver<u64> {
+        self.connections.moved()
     }
 
     /// Why there is no connection.
@@ -411,7 +431,7 @@ impl RedisStore {
         if with_expiry {
             let sent = Instant::now();
             let reply = script::READ.run(attempt, &place).await?;
-            self.observe(&place, sent, reply.now);
+            attempt.link.observe(&place.node, sent, reply.now);
             return write::read_read_reply(key, &reply);
         }
         let arguments = vec![place.key.as_str().into()];
@@ -461,7 +481,7 @@ impl RedisStore {
                 trail.answered();
             }
             results.push(reply.and_then(ScriptReply::parse).and_then(|reply| {
-                self.observe(place, attempt.sent, reply.now);
+                attempt.link.observe(&place.node, attempt.sent, reply.now);
                 write::read_write_reply(write.head.key(), &reply)
             }));
         }
@@ -470,7 +490,7 @@ impl RedisStore {
 
     /// Where a group lives.
     async fn place(&self, key: &GroupKey, attempt: &Attempt) -> Result<Place, Fault> {
-        let topology = self.connections.topology();
+        let topology = attempt.link.topology();
         let place = topology.place(self.keys.redis_key(key));
         let place = place.ok_or_else(|| Fault::NotRun(Topology::NO_SERVER.into()))?;
         if !attempt.redirected {
@@ -506,22 +526,17 @@ impl RedisStore {
     ) -> Result<ScriptReply, Fault> {
         let sent = Instant::now();
         let reply = script.run_write(attempt, trail, place, arguments).await?;
-        self.observe(place, sent, reply.now);
+        attempt.link.observe(&place.node, sent, reply.now);
         Ok(reply)
-    }
-
-    /// Takes in what time it was where a script ran.
-    fn observe(&self, place: &Place, sent: Instant, redis_now: i64) {
-        self.connections.observe(&place.node, sent, redis_now);
     }
 
     /// The bounds of an attempt in the time of a server.
     async fn bounds(&self, attempt: &Attempt, node: &Node) -> Result<TimeBounds, Fault> {
-        if self.connections.redis_time(node, attempt.until).is_none() {
+        if attempt.link.redis_time(node, attempt.until).is_none() {
             self.ask_time(attempt, node).await?;
         }
         let redis_time = |moment| {
-            let time = self.connections.redis_time(node, moment);
+            let time = attempt.link.redis_time(node, moment);
             let time = time.ok_or_else(|| Fault::NotRun("connecting again".into()))?;
             Ok(time.to_string().into())
         };
@@ -544,7 +559,7 @@ impl RedisStore {
             return Err(Fault::Final(StoreError::Bug("TIME: no time".into())));
         };
         let now = seconds * 1_000_000 + micros;
-        self.connections.observe(node, sent, now);
+        attempt.link.observe(node, sent, now);
         Ok(())
     }
 }
@@ -558,6 +573,11 @@ impl NotDone {
             error,
             cause: Cause::Answered,
         }
+    }
+
+    /// Whether it was a replica that refused a write.
+    pub fn is_refused_by_replica(&self) -> bool {
+        matches!(&self.cause, Cause::Unwell(why) if why.starts_with("READONLY"))
     }
 
     fn short_of_time(error: StoreError) -> Self {

@@ -356,7 +356,7 @@ impl KeySpace {
         while let Some(attempt) = attempts.next().await {
             let _measured = telemetry::redis_attempt(RedisCommand::Scan);
             let commands: Option<Vec<_>> = {
-                let topology = self.connections.topology();
+                let topology = attempt.link.topology();
                 let places = keys.iter().map(|key| topology.place(self.redis_key(key)));
                 places.map(|place| place.as_ref().map(&command)).collect()
             };
@@ -374,7 +374,7 @@ impl KeySpace {
                 Err(fault) => {
                     if fault == Fault::NoScript {
                         // What fails here fails again in the next attempt.
-                        for node in self.connections.topology().nodes() {
+                        for node in attempt.link.topology().nodes() {
                             let _ = script::READ.load(&attempt, &node).await;
                         }
                     }

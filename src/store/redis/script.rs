@@ -15,39 +15,40 @@ use crate::store::StoreError;
 
 /// Writes a document under a condition; see `write.lua`.
 pub static WRITE: LazyLock<Script> = LazyLock::new(|| {
-    Script::new(concat!(
-        include_str!("document.lua"),
-        include_str!("write.lua")
-    ))
+    Script::new(
+        "write",
+        concat!(include_str!("document.lua"), include_str!("write.lua")),
+    )
 });
 
 /// Removes a document; see `delete.lua`.
 pub static DELETE: LazyLock<Script> = LazyLock::new(|| {
-    Script::new(concat!(
-        include_str!("document.lua"),
-        include_str!("delete.lua")
-    ))
+    Script::new(
+        "delete",
+        concat!(include_str!("document.lua"), include_str!("delete.lua")),
+    )
 });
 
 /// Reads a document with its expiry; see `read.lua`.
 pub static READ: LazyLock<Script> = LazyLock::new(|| {
-    Script::new(concat!(
-        include_str!("document.lua"),
-        include_str!("read.lua")
-    ))
+    Script::new(
+        "read",
+        concat!(include_str!("document.lua"), include_str!("read.lua")),
+    )
 });
 
 /// Puts back a document that the server has lost; see `restore.lua`.
 pub static RESTORE: LazyLock<Script> = LazyLock::new(|| {
-    Script::new(concat!(
-        include_str!("document.lua"),
-        include_str!("restore.lua")
-    ))
+    Script::new(
+        "restore",
+        concat!(include_str!("document.lua"), include_str!("restore.lua")),
+    )
 });
 
 /// A script on one key, called by its digest.
 #[derive(Debug)]
 pub struct Script {
+    name: &'static str,
     source: &'static str,
     sha1: String,
 }
@@ -64,8 +65,9 @@ pub struct ScriptReply {
 // === impl Script ===
 
 impl Script {
-    fn new(source: &'static str) -> Self {
+    fn new(name: &'static str, source: &'static str) -> Self {
         Self {
+            name,
             source,
             sha1: sha1_hex(source),
         }
@@ -78,7 +80,7 @@ impl Script {
         all.push("1".into());
         all.push(place.key.as_str().into());
         all.extend(arguments);
-        Command::on(place, "EVALSHA", all)
+        Command::on(place, "EVALSHA", all).of_script(self.name)
     }
 
     /// Calls a script that changes nothing.

@@ -1,8 +1,11 @@
 //! Clients that know the service only from outside: `grpcurl`, which speaks
-//! JSON and learns the API by reflection, and Python with stubs made from the
-//! proto.
+//! JSON and learns the API by reflection, Python with stubs made from the
+//! proto, and the examples in Python and Go.
 
+#[path = "../common/mod.rs"]
 mod common;
+
+mod examples;
 
 use std::{
     path::Path,

@@ -1,0 +1,147 @@
+// What a replica does with groups, told as a story. Start the service, then:
+//
+//	go run ./demo localhost:50051
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+
+	grouping "github.com/groupstate/groupstate/examples/go"
+)
+
+const key = grouping.GroupKey("alertname=DiskFull,cluster=go")
+
+// report is the change "this alert was reported", to be applied to any state of its
+// group. Reports come in any order, and a lost race applies one again over later
+// ones: so the later report of an alert counts, not the one that is applied last.
+func report(alert *grouping.Alert) func(*grouping.AlertGroup) error {
+	return func(group *grouping.AlertGroup) error {
+		if known := group.Alerts[alert.Fingerprint]; known == nil || !isLater(known, alert) {
+			group.Alerts[alert.Fingerprint] = alert
+		}
+		// The service stores what it is told. Counts and state are up to us.
+		m := group.Metadata
+		m.FiringCount, m.ResolvedCount = 0, 0
+		for _, alert := range group.Alerts {
+			if alert.Status == "firing" {
+				m.FiringCount++
+			} else {
+				m.ResolvedCount++
+			}
+		}
+		switch {
+		case m.State == "silenced":
+		case m.ResolvedCount == 0:
+			m.State = "firing"
+		case m.FiringCount == 0:
+			m.State = "resolved"
+		default:
+			m.State = "mixed"
+		}
+		return nil
+	}
+}
+
+// isLater orders the reports of one alert, by StartsAt, Timestamp, resolved over firing.
+func isLater(a, b *grouping.Alert) bool {
+	if !a.StartsAt.Equal(b.StartsAt) {
+		return a.StartsAt.After(b.StartsAt)
+	}
+	if at, bt := timestamp(a), timestamp(b); !at.Equal(bt) {
+		return at.After(bt)
+	}
+	return a.Status == "resolved" && b.Status == "firing"
+}
+
+func timestamp(alert *grouping.Alert) time.Time {
+	if alert.Timestamp == nil {
+		return time.Time{}
+	}
+	return *alert.Timestamp
+}
+
+func alert(fingerprint string, status grouping.AlertStatus, startsAt int64) *grouping.Alert {
+	return &grouping.Alert{
+		Fingerprint: fingerprint,
+		AlertName:   "DiskFull",
+		Status:      status,
+		Labels:      map[string]string{"alertname": "DiskFull", "cluster": "go", "disk": fingerprint},
+		StartsAt:    time.Unix(startsAt, 0),
+	}
+}
+
+func main() {
+	ctx := context.Background()
+	storage, err := grouping.NewStorage(grouping.Config{
+		Targets: os.Args[1:],
+		// Since grpc 1.34: grpc.WithTransportCredentials(insecure.NewCredentials()).
+		DialOptions: []grpc.DialOption{grpc.WithInsecure()},
+	})
+	must(err)
+	defer storage.Close()
+
+	// Ten replicas, one group, the same moment: no alert is lost.
+	var replicas sync.WaitGroup
+	for n := 0; n < 10; n++ {
+		replicas.Add(1)
+		go func(n int) {
+			defer replicas.Done()
+			_, err := storage.Change(ctx, key, report(alert(fmt.Sprintf("disk-%d", n), "firing", 1_000)))
+			must(err)
+		}(n)
+	}
+	replicas.Wait()
+	group, err := storage.Load(ctx, key)
+	must(err)
+	fmt.Println("alerts:", len(group.Alerts))
+
+	// Two have loaded the same version, and only one of them can store it.
+	ours, theirs := group, group.Clone()
+	must(report(alert("disk-1", "resolved", 2_000))(theirs))
+	must(storage.Store(ctx, theirs))
+	must(report(alert("disk-2", "resolved", 2_000))(ours))
+	var mismatch *grouping.ErrVersionMismatch
+	if err := storage.Store(ctx, ours); !errors.As(err, &mismatch) {
+		log.Fatalf("should have lost the race: %v", err)
+	}
+	fmt.Println("lost race:", mismatch.ActualVersion == theirs.Version)
+
+	// The change once more, on what is stored now.
+	group, err = storage.Change(ctx, key, report(alert("disk-2", "resolved", 2_000)))
+	must(err)
+	fmt.Println("state:", group.Metadata.State, "with", group.Metadata.ResolvedCount, "resolved")
+
+	// After a restart: all groups, and what could not be read.
+	groups, err := storage.LoadAll(ctx)
+	var partial *grouping.PartialError
+	if err != nil && !errors.As(err, &partial) {
+		log.Fatal(err)
+	}
+	for _, group := range groups {
+		if strings.HasSuffix(string(group.Key), ",cluster=go") {
+			fmt.Println("restored:", group.Key)
+		}
+	}
+	if partial != nil {
+		fmt.Println("not all of them:", partial)
+	}
+
+	must(storage.Delete(ctx, key))
+	_, err = storage.Load(ctx, key)
+	fmt.Println("deleted:", err)
+}
+
+func must(err error) {
+	if err != nil {
+		log.Fatal(err)
+	}
+}

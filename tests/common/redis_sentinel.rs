@@ -1,0 +1,198 @@
+//! Sentinels, and the Redis servers that they watch over.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use redis::{FromRedisValue, aio::MultiplexedConnection};
+use tempfile::TempDir;
+
+use super::{
+    Process, free_address,
+    redis_server::{self, RedisServer},
+};
+
+/// A primary, two replicas, and three sentinels.
+pub struct RedisSentinel {
+    /// The primary is the first one, at the beginning.
+    pub servers: Vec<RedisServer>,
+    pub sentinels: Vec<Sentinel>,
+}
+
+/// One sentinel.
+pub struct Sentinel {
+    addr: SocketAddr,
+    process: Process,
+    _folder: TempDir,
+}
+
+/// As whom the service may ask a sentinel.
+const ACL: &str = include_str!("../../deploy/redis/sentinel.acl");
+
+/// What the sentinels call the primary.
+const SERVICE: &str = "groups";
+const SENTINELS: usize = 3;
+const REPLICAS: usize = 2;
+/// Sentinels that must agree that the primary is down.
+const QUORUM: usize = 2;
+/// Longer than a slow start of many processes on a busy machine.
+const READY_WITHIN: Duration = Duration::from_secs(30);
+
+// === impl RedisSentinel ===
+
+impl RedisSentinel {
+    /// The primary gives way when it is silent for `down_after`.
+    pub async fn start(down_after: Duration) -> Self {
+        let primary = RedisServer::start().await;
+        let port = primary.addr().port();
+        let follow = format!("127.0.0.1 {port}");
+        let mut servers = vec![primary];
+        for _ in 0..REPLICAS {
+            servers.push(RedisServer::start_with(&["--replicaof", &follow]).await);
+        }
+        let sentinels = (0..SENTINELS).map(|_| Sentinel::start(servers[0].addr(), down_after));
+        let started = Self {
+            sentinels: sentinels.collect(),
+            servers,
+        };
+        started.wait_until_ready().await;
+        started
+    }
+
+    /// The sentinels as a URL.
+    pub fn url(&self) -> String {
+        let first = redis_server::url("redis-sentinel", self.sentinels[0].addr);
+        let others = self.sentinels[1..].iter();
+        let others: String = others
+            .map(|sentinel| format!("&node={}", sentinel.addr))
+            .collect();
+        format!("{first}?sentinelServiceName={SERVICE}{others}")
+    }
+
+    /// Waits until another server than `old` is the primary.
+    pub async fn wait_until_promoted(&self, old: usize, bound: Duration) -> usize {
+        let begin = Instant::now();
+        loop {
+            for (index, server) in self.servers.iter().enumerate() {
+                if index != old && is_primary(server).await {
+                    return index;
+                }
+            }
+            assert!(begin.elapsed() < bound, "no replica takes over");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Waits until every server but the primary follows that, and every sentinel
+    /// knows it.
+    pub async fn wait_until_ready(&self) {
+        let begin = Instant::now();
+        'wait: loop {
+            assert!(
+                begin.elapsed() < READY_WITHIN,
+                "the sentinels are not ready"
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            for sentinel in &self.sentinels {
+                if !sentinel.sees_all().await {
+                    continue 'wait;
+                }
+            }
+            let mut replicas = 0;
+            for server in &self.servers {
+                let info: String = ask(&mut server.connect().await, &["INFO", "replication"]).await;
+                replicas += usize::from(info.contains("master_link_status:up"));
+            }
+            if replicas == REPLICAS {
+                return;
+            }
+        }
+    }
+}
+
+/// Whether a server takes itself for a primary. A change of its mind ends all
+/// connections.
+pub async fn is_primary(server: &RedisServer) -> bool {
+    let ask = async || -> redis::RedisResult<String> {
+        let mut connection = server.try_to_connect().await?;
+        let mut info = redis::cmd("INFO");
+        info.arg("replication").query_async(&mut connection).await
+    };
+    ask().await.is_ok_and(|info| info.contains("role:master"))
+}
+
+async fn ask<T: FromRedisValue>(connection: &mut MultiplexedConnection, words: &[&str]) -> T {
+    let mut command = redis::cmd(words[0]);
+    command.arg(&words[1..]);
+    let reply = command.query_async(connection).await;
+    reply.unwrap_or_else(|error| panic!("{words:?}: {error}"))
+}
+
+// === impl Sentinel ===
+
+impl Sentinel {
+    /// Watches over the Redis at `primary`.
+    pub fn start(primary: SocketAddr, down_after: Duration) -> Self {
+        let addr = free_address();
+        let folder = TempDir::new().unwrap();
+        // Sentinels write into their file what they learn.
+        let file = folder.path().join("sentinel.conf");
+        let (ip, port) = (primary.ip(), primary.port());
+        let (own_port, millis) = (addr.port(), down_after.as_millis());
+        let settings = format!(
+            "bind 127.0.0.1\n\
+             port {own_port}\n\
+             {ACL}\n\
+             sentinel monitor {SERVICE} {ip} {port} {QUORUM}\n\
+             sentinel down-after-milliseconds {SERVICE} {millis}\n\
+             sentinel failover-timeout {SERVICE} 5000\n\
+             sentinel parallel-syncs {SERVICE} {REPLICAS}\n"
+        );
+        fs::write(&file, settings).unwrap();
+        let mut command = Command::new(redis_server::program());
+        command
+            .arg(&file)
+            .arg("--sentinel")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        Self {
+            addr,
+            process: Process::spawn(&mut command, redis_server::INSTALL),
+            _folder: folder,
+        }
+    }
+
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// A connection of an independent client.
+    pub async fn connect(&self) -> redis::RedisResult<MultiplexedConnection> {
+        let client = redis::Client::open(format!("redis://{}", self.addr))?;
+        client.get_multiplexed_async_connection().await
+    }
+
+    /// Asks the sentinels to let a replica take over, with nothing broken.
+    pub async fn fail_over(&self) {
+        let mut connection = self.connect().await.unwrap();
+        let () = ask(&mut connection, &["SENTINEL", "FAILOVER", SERVICE]).await;
+    }
+
+    /// Whether it knows all servers and the other sentinels, and that all is well.
+    async fn sees_all(&self) -> bool {
+        let Ok(mut connection) = self.connect().await else {
+            return false;
+        };
+        let master: Vec<String> = ask(&mut connection, &["SENTINEL", "MASTER", SERVICE]).await;
+        let field = |name: &str| {
+            let mut pairs = master.chunks(2);
+            pairs.find_map(|pair| (pair[0] == name).then(|| pair[1].clone()))
+        };
+        field("num-slaves") == Some(REPLICAS.to_string())
+            && field("num-other-sentinels") == Some((SENTINELS - 1).to_string())
+            && field("flags").as_deref() == Some("master")
+    }
+}

@@ -1,0 +1,168 @@
+//! Redis servers of which a replica takes over when a primary fails, again and
+//! again.
+
+use std::{
+    env, fmt,
+    time::{Duration, Instant},
+};
+
+use super::{
+    redis_cluster::RedisCluster,
+    redis_sentinel::{RedisSentinel, is_primary},
+    redis_server::RedisServer,
+};
+
+/// Who decides that a replica takes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    Sentinel,
+    Cluster,
+}
+
+/// How a primary fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    Kill,
+    Hang,
+}
+
+/// The servers.
+pub enum Replicated {
+    /// The first one is the primary.
+    Sentinel(RedisSentinel),
+    Cluster(RedisCluster),
+}
+
+/// How long a primary may be silent.
+const DOWN_AFTER: Duration = Duration::from_secs(1);
+/// A vote that nobody wins is repeated after seconds.
+const PROMOTED_WITHIN: Duration = Duration::from_secs(30);
+/// The part of a cluster that fails.
+const SHARD: usize = 1;
+
+// === impl Replicated ===
+
+impl Replicated {
+    pub async fn start(kind: Kind) -> Self {
+        match kind {
+            Kind::Sentinel => Self::Sentinel(RedisSentinel::start(DOWN_AFTER).await),
+            Kind::Cluster => Self::Cluster(RedisCluster::start_replicated(DOWN_AFTER).await),
+        }
+    }
+
+    /// What the service is told.
+    pub fn url(&self) -> String {
+        match self {
+            Self::Sentinel(sentinel) => sentinel.url(),
+            Self::Cluster(cluster) => cluster.url(),
+        }
+    }
+
+    /// Servers that hold groups at the moment.
+    pub fn primaries(&self) -> &[RedisServer] {
+        match self {
+            Self::Sentinel(sentinel) => &sentinel.servers[..1],
+            Self::Cluster(cluster) => &cluster.primaries,
+        }
+    }
+
+    /// Lets a primary fail, and waits until a replica has taken its place. When
+    /// that was.
+    pub async fn fail_over(&mut self, failure: Failure) -> Instant {
+        let (failing, candidates) = match self {
+            Self::Sentinel(sentinel) => {
+                let (primary, replicas) = sentinel.servers.split_first_mut().unwrap();
+                (primary, replicas)
+            }
+            Self::Cluster(cluster) => (
+                &mut cluster.primaries[SHARD],
+                &mut cluster.replicas[SHARD..=SHARD],
+            ),
+        };
+        match failure {
+            Failure::Kill => failing.kill(),
+            Failure::Hang => failing.process().signal("STOP"),
+        }
+        let began = Instant::now();
+        loop {
+            for candidate in candidates.iter_mut() {
+                if is_primary(candidate).await {
+                    let promoted = Instant::now();
+                    std::mem::swap(failing, candidate);
+                    return promoted;
+                }
+            }
+            let waited = began.elapsed();
+            assert!(waited < PROMOTED_WITHIN, "no replica takes over");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Lets the server that failed come back, and waits until all follow the
+    /// primaries.
+    pub async fn bring_back(&mut self, failure: Failure) {
+        match self {
+            Self::Sentinel(sentinel) => {
+                let primary = sentinel.servers[0].addr().port().to_string();
+                for replica in &mut sentinel.servers[1..] {
+                    revive(replica, failure).await;
+                    // What sentinels write into the file of a server that has one,
+                    // or tell it, only that takes ten seconds.
+                    let mut follow = redis::cmd("REPLICAOF");
+                    let follow = follow.arg("127.0.0.1").arg(&primary);
+                    let _: redis::Value = follow
+                        .query_async(&mut replica.connect().await)
+                        .await
+                        .unwrap();
+                }
+                sentinel.wait_until_ready().await;
+            }
+            Self::Cluster(cluster) => {
+                revive(&mut cluster.replicas[SHARD], failure).await;
+                cluster.wait_until_followed().await;
+            }
+        }
+    }
+}
+
+/// Does nothing to a server that is well.
+async fn revive(server: &mut RedisServer, failure: Failure) {
+    match failure {
+        Failure::Kill if !server.is_running() => server.restart().await,
+        Failure::Kill => {}
+        Failure::Hang => server.process().signal("CONT"),
+    }
+}
+
+// === impl Kind ===
+
+impl Kind {
+    /// `sentinel` or `cluster`, as an environment variable says; None if it is not
+    /// set.
+    pub fn of_environment(variable: &str) -> Option<Self> {
+        match env::var(variable).ok()?.as_str() {
+            "" => None,
+            "sentinel" => Some(Self::Sentinel),
+            "cluster" => Some(Self::Cluster),
+            other => panic!("{variable}={other}: sentinel or cluster"),
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Sentinel => "sentinel",
+            Self::Cluster => "cluster",
+        })
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Kill => "kill",
+            Self::Hang => "hang",
+        })
+    }
+}
