@@ -2,7 +2,7 @@
 # `run` needs Rust, gcc and make; the rest needs what `tools` installs.
 
 .DEFAULT_GOAL := help
-.PHONY: run test chaos matrix failover-times lint dist tools proto-image prometheus-rule clean-tools next-step help
+.PHONY: run test chaos replicas matrix failover-times lint dist tools proto-image prometheus-rule clean-tools next-step help
 .NOTPARALLEL:
 
 PROTO_IMAGE := proto/groupstate.v1.binpb
@@ -21,6 +21,11 @@ test: tools ## Install what the tests need, then run them all
 chaos: tools ## Try many fault schedules; SEEDS=1..100 (or a count), POLICY=discard or reconcile, JOBS=2 side by side, REDIS=sentinel or cluster
 	CHAOS_SEEDS='$(SEEDS)' CHAOS_POLICY='$(POLICY)' CHAOS_JOBS='$(JOBS)' CHAOS_REDIS='$(REDIS)' \
 		cargo test --locked --test chaos many_seeds -- --ignored --nocapture
+
+replicas: tools ## Kill replicas, instances and Redis at random, and print a table; REPLICA_SEEDS=3 runs of each size
+	cargo build --locked --example alert_history_replica
+	REPLICA_SEEDS='$(REPLICA_SEEDS)' \
+		cargo test --locked --test replicas table -- --ignored --nocapture
 
 matrix: tools ## Run the contract suite and some chaos on every Redis that is supported, and print a table
 	tests/tools/install-redis.sh

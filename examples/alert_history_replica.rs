@@ -376,7 +376,13 @@ async fn metrics(State(replica): State<Replica>) -> String {
             stats.known.crowded_out,
         ),
     ];
+    let most_attempts = usize::try_from(stats.most_attempts).unwrap_or(usize::MAX);
     let gauges = [
+        (
+            "most_attempts",
+            "Attempts of the change that took the most.",
+            most_attempts,
+        ),
         (
             "outbox_groups",
             "Groups whose changes wait.",

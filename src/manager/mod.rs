@@ -172,6 +172,8 @@ pub struct ManagerStats {
     pub failed: u64,
     /// Attempts, over all changes.
     pub attempts: u64,
+    /// Attempts that the change took which took the most, failed or not.
+    pub most_attempts: u64,
     /// Attempts that lost a race.
     pub conflicts: u64,
     /// Attempts that got no answer, or one that did not say what happened.
@@ -207,6 +209,7 @@ struct Counters {
     unchanged: AtomicU64,
     failed: AtomicU64,
     attempts: AtomicU64,
+    most_attempts: AtomicU64,
     conflicts: AtomicU64,
     retried_failures: AtomicU64,
 }
@@ -418,6 +421,7 @@ impl AlertGroupManager {
             unchanged: read(&counts.unchanged),
             failed: read(&counts.failed),
             attempts: read(&counts.attempts),
+            most_attempts: read(&counts.most_attempts),
             conflicts: read(&counts.conflicts),
             retried_failures: read(&counts.retried_failures),
             known: self.known().stats(),
@@ -500,6 +504,9 @@ impl AlertGroupManager {
             }
             attempts += 1;
             counts.attempts.fetch_add(1, Ordering::Relaxed);
+            counts
+                .most_attempts
+                .fetch_max(attempts.into(), Ordering::Relaxed);
             let deadline = give_up.min(Instant::now() + settings.call_timeout);
             match attempt(&*store, settings, key, &change, seen.take(), deadline).await {
                 Ok(Attempt::Done(done)) => {

@@ -35,7 +35,7 @@ pub async fn send(
         let mut connection = TcpStream::connect(addr).await?;
         let request = format!(
             "{method} {path} HTTP/1.1\r\nhost: {addr}\r\nconnection: close\r\n\
-             content-length: {}\r\n\r\n{body}",
+             content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
             body.len()
         );
         connection.write_all(request.as_bytes()).await?;

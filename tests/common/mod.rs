@@ -90,6 +90,14 @@ pub fn tool(path: &str) -> PathBuf {
     tool
 }
 
+/// An example of this package, which lies beside the folder of the test that
+/// asks. `cargo test --test NAME` alone takes it as it was built last.
+pub fn example(name: &str) -> PathBuf {
+    let this_test = std::env::current_exe().unwrap();
+    let profile = this_test.parent().unwrap().parent().unwrap();
+    profile.join("examples").join(name)
+}
+
 /// Waits until `condition` holds, at most `bound`.
 pub async fn wait_until<F: Future<Output = bool>>(
     what: &str,

