@@ -6,7 +6,7 @@
 //! | `/readyz` | 200 while calls are served, from memory too; 503 while stopping |
 //! | `/health` | what answers, since when and why, as JSON |
 //! | `/metrics` | what was counted, for Prometheus |
-//! | `/loglevel` | the level of the log; PUT, from this machine, sets it |
+//! | `/loglevel` | the level of the log; PUT, from this machine or with a token, sets it |
 
 use std::{
     net::SocketAddr,
@@ -28,7 +28,9 @@ use serde::Serialize;
 use tokio::net::TcpListener;
 
 use crate::{
+    auth::Tokens,
     config::LogLevel,
+    reload::Watched,
     store::{
         failover::Failover,
         memory::{MemoryStore, Usage},
@@ -50,6 +52,8 @@ pub struct Admin {
     failover: Option<Failover>,
     instance: InstanceId,
     phase: AtomicU8,
+    /// Who may change something from elsewhere; None: nobody.
+    tokens: Option<Watched<Tokens>>,
     metrics: Option<PrometheusHandle>,
     /// None if this process writes its log elsewhere.
     log: Option<Arc<LogControl>>,
@@ -67,8 +71,8 @@ pub enum Phase {
 /// Why a request is not done, for people.
 type Refusal = (StatusCode, String);
 
-/// The request comes from this machine.
-struct FromHere;
+/// The request comes from this machine, or with a token.
+struct Allowed;
 
 /// The body of `/health`.
 #[derive(Debug, Serialize)]
@@ -136,9 +140,15 @@ impl Admin {
             failover,
             instance: instance.clone(),
             phase: AtomicU8::new(Phase::Starting as u8),
+            tokens: None,
             metrics: telemetry::metrics(),
             log: telemetry::log_control(),
         }
+    }
+
+    /// The same, which whoever has a token may change from elsewhere.
+    pub fn open_to(self, tokens: Option<Watched<Tokens>>) -> Self {
+        Self { tokens, ..self }
     }
 
     pub fn set_phase(&self, phase: Phase) {
@@ -271,7 +281,7 @@ async fn log_level(State(admin): State<Arc<Admin>>) -> Result<String, Refusal> {
 
 async fn set_log_level(
     State(admin): State<Arc<Admin>>,
-    _: FromHere,
+    _: Allowed,
     body: String,
 ) -> Result<String, Refusal> {
     let name = body.trim();
@@ -290,43 +300,59 @@ async fn set_log_level(
     })
 }
 
-// === impl FromHere ===
+// === impl Allowed ===
 
-impl<S: Send + Sync> FromRequestParts<S> for FromHere {
+impl FromRequestParts<Arc<Admin>> for Allowed {
     type Rejection = Refusal;
 
-    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Refusal> {
+    async fn from_request_parts(parts: &mut Parts, admin: &Arc<Admin>) -> Result<Self, Refusal> {
         let peer = parts.extensions.get::<ConnectInfo<SocketAddr>>();
         // An IPv4 peer of an IPv6 socket has an address of both.
         if peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback()) {
-            Ok(Self)
-        } else {
+            return Ok(Self);
+        }
+        let Some(tokens) = &admin.tokens else {
             let text = "this may only be done from the machine or pod itself: \
                         send it to a loopback address\n";
-            Err((StatusCode::FORBIDDEN, text.into()))
+            return Err((StatusCode::FORBIDDEN, text.into()));
+        };
+        match tokens.current().check(&parts.headers) {
+            Ok(()) => Ok(Self),
+            Err(rejection) => Err((StatusCode::UNAUTHORIZED, format!("{rejection}\n"))),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use axum::{body::Body, http::Request};
+    use axum::{
+        body::Body,
+        http::{Request, header::AUTHORIZATION},
+    };
     use tower::ServiceExt;
 
     use super::*;
 
     #[tokio::test]
-    async fn the_log_level_is_set_from_this_machine_only() {
+    async fn the_log_level_is_set_from_this_machine_or_with_a_token() {
         let instance = InstanceId::random();
         let memory = MemoryStore::new(1 << 20, instance.clone());
-        let admin = Arc::new(Admin::of_memory(memory, &instance));
-        let put = |peer: Option<&str>| {
+        let tokens = || Some(Watched::fixed(Tokens::parse(b"t0ken").unwrap()));
+        let closed = Arc::new(Admin::of_memory(memory.clone(), &instance));
+        let open = Arc::new(Admin::of_memory(memory, &instance).open_to(tokens()));
+        // A level that there is not: nothing is changed by this test.
+        let put = async |admin: &Arc<Admin>, peer: Option<&str>, token: Option<&str>| {
             let mut request = Request::put("/loglevel").body(Body::from("loud")).unwrap();
+            if let Some(token) = token {
+                let value = format!("Bearer {token}").parse().unwrap();
+                request.headers_mut().insert(AUTHORIZATION, value);
+            }
             if let Some(peer) = peer {
                 let peer: SocketAddr = peer.parse().unwrap();
                 request.extensions_mut().insert(ConnectInfo(peer));
             }
-            admin.clone().router().oneshot(request)
+            let reply = admin.clone().router().oneshot(request).await;
+            reply.unwrap().status()
         };
         for here in [
             "127.0.0.1:1",
@@ -334,8 +360,10 @@ mod tests {
             "[::1]:1",
             "[::ffff:127.0.0.1]:1",
         ] {
-            let reply = put(Some(here)).await.unwrap();
-            assert_eq!(reply.status(), StatusCode::BAD_REQUEST, "{here}");
+            for admin in [&closed, &open] {
+                let status = put(admin, Some(here), None).await;
+                assert_eq!(status, StatusCode::BAD_REQUEST, "{here}");
+            }
         }
         for elsewhere in [
             Some("10.0.0.7:1"),
@@ -343,8 +371,16 @@ mod tests {
             Some("[::ffff:10.0.0.7]:1"),
             None,
         ] {
-            let reply = put(elsewhere).await.unwrap();
-            assert_eq!(reply.status(), StatusCode::FORBIDDEN, "{elsewhere:?}");
+            for (admin, token, expected) in [
+                (&closed, None, StatusCode::FORBIDDEN),
+                (&closed, Some("t0ken"), StatusCode::FORBIDDEN),
+                (&open, None, StatusCode::UNAUTHORIZED),
+                (&open, Some("other"), StatusCode::UNAUTHORIZED),
+                (&open, Some("t0ken"), StatusCode::BAD_REQUEST),
+            ] {
+                let status = put(admin, elsewhere, token).await;
+                assert_eq!(status, expected, "{elsewhere:?} {token:?}");
+            }
         }
     }
 }

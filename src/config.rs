@@ -4,13 +4,18 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use bytesize::ByteSize;
 use clap::Parser;
+use tokio::task::JoinSet;
 
 use crate::{
+    auth::Tokens,
     grpc::validation::MIN_TTL,
+    reload::{Opened, Watched, Watcher},
     store::{
-        redis::{ClientTls, Identity, RedisSettings, Trust},
+        redis::{RedisFiles, RedisSettings},
         switch::OnRecovery,
     },
+    telemetry::FileSetting,
+    tls::{Authorities, Identity},
 };
 
 /// Keeps the state of alert groups for the replicas of an alert-history
@@ -171,6 +176,12 @@ pub struct Settings {
           value_parser = size)]
     pub max_request_bytes: usize,
 
+    /// What the requests that are being received or worked on may take together; more are refused.
+    /// At least --max-request-bytes.
+    #[arg(long, env = "GROUPSTATE_MAX_INFLIGHT_BYTES", value_name = "SIZE", default_value = "256MiB",
+          value_parser = inflight_size)]
+    pub max_inflight_bytes: usize,
+
     /// Calls that are worked on at once; more are refused. Health calls do not count.
     #[arg(long, env = "GROUPSTATE_MAX_CONCURRENT_CALLS", value_name = "COUNT", default_value = "4096",
           value_parser = count)]
@@ -181,9 +192,59 @@ pub struct Settings {
           value_parser = clap::value_parser!(u32).range(1..))]
     pub max_streams_per_connection: u32,
 
+    /// Connections of clients at once; more are closed.
+    #[arg(long, env = "GROUPSTATE_MAX_CONNECTIONS", value_name = "COUNT", default_value = "16384",
+          value_parser = count)]
+    pub max_connections: usize,
+
+    /// How old a connection gets, more or less 10 %, before its client is asked to open another
+    /// one: so new instances get calls. Calls in flight go on; 1s to 365d.
+    #[arg(long, env = "GROUPSTATE_MAX_CONNECTION_AGE", value_name = "DURATION", default_value = "5m",
+          value_parser = connection_age)]
+    pub max_connection_age: Duration,
+
     /// ListKeys, Size and LoadAll calls at once; more are refused.
     #[arg(long, env = "GROUPSTATE_MAX_SCANS", value_name = "COUNT", default_value = "4", value_parser = count)]
     pub max_scans: usize,
+
+    /// File with the certificate of this server in PEM, its chain below it: gRPC speaks TLS only.
+    #[arg(
+        long,
+        env = "GROUPSTATE_TLS_CERT",
+        value_name = "FILE",
+        requires = "tls_key"
+    )]
+    pub tls_cert: Option<PathBuf>,
+
+    /// File with the key of the certificate, in PEM.
+    #[arg(
+        long,
+        env = "GROUPSTATE_TLS_KEY",
+        value_name = "FILE",
+        requires = "tls_cert"
+    )]
+    pub tls_key: Option<PathBuf>,
+
+    /// File with the CAs in PEM of which clients must have a certificate. Without it, clients need
+    /// none.
+    #[arg(
+        long,
+        env = "GROUPSTATE_TLS_CLIENT_CA",
+        value_name = "FILE",
+        requires = "tls_cert"
+    )]
+    pub tls_client_ca: Option<PathBuf>,
+
+    /// File with the tokens that callers may have: one a line, `#` begins a comment. A caller sends
+    /// one as `authorization: Bearer TOKEN`. Without it, nobody needs one.
+    #[arg(long, env = "GROUPSTATE_AUTH_TOKEN_FILE", value_name = "FILE")]
+    pub auth_token_file: Option<PathBuf>,
+
+    /// How often files with certificates, tokens and passwords are looked at: what has changed is
+    /// used without a restart; 100ms to 1h.
+    #[arg(long, env = "GROUPSTATE_RELOAD_INTERVAL", value_name = "DURATION", default_value = "10s",
+          value_parser = reload_interval)]
+    pub reload_interval: Duration,
 
     /// How long health says NOT_SERVING before the server stops to take calls, after SIGTERM.
     #[arg(long, env = "GROUPSTATE_SHUTDOWN_DELAY", value_name = "DURATION", default_value = "5s",
@@ -212,6 +273,13 @@ pub struct Settings {
         default_value = "auto"
     )]
     pub log_format: LogFormat,
+}
+
+/// Keep up to date what [`RedisSettings`] have from files.
+pub struct RedisWatchers {
+    password: Option<Watcher<String>>,
+    authorities: Option<Watcher<Authorities>>,
+    identity: Option<Watcher<Identity>>,
 }
 
 /// See `--log-level`.
@@ -293,57 +361,124 @@ impl Settings {
         if self.max_ttl > LONGEST_TTL {
             return Err("--max-ttl must be at most 3650d".into());
         }
+        if self.max_inflight_bytes < self.max_request_bytes {
+            return Err("--max-inflight-bytes must not be less than --max-request-bytes".into());
+        }
+        self.tokens()?;
+        self.identity()?;
+        self.client_ca()?;
         self.redis().map(|_| ())
     }
 
-    /// How to reach Redis; None without `--redis-url`. Reads the files.
-    pub fn redis(&self) -> Result<Option<RedisSettings>, String> {
+    /// The tokens that callers may have, and what keeps them up to date; None
+    /// without `--auth-token-file`.
+    pub fn tokens(&self) -> Opened<Tokens> {
+        let Some(file) = &self.auth_token_file else {
+            return Ok(None);
+        };
+        let parse = |contents: &[Vec<u8>]| Tokens::parse(&contents.concat());
+        Watched::open(FileSetting::AuthTokenFile, vec![file.clone()], parse).map(Some)
+    }
+
+    /// The certificate of the server and what keeps it up to date; None without
+    /// `--tls-cert`.
+    pub fn identity(&self) -> Opened<Identity> {
+        let (Some(certificate), Some(key)) = (&self.tls_cert, &self.tls_key) else {
+            return Ok(None);
+        };
+        let files = vec![certificate.clone(), key.clone()];
+        Watched::open(FileSetting::TlsCert, files, Identity::parse).map(Some)
+    }
+
+    /// The CAs of clients and what keeps them up to date; None without
+    /// `--tls-client-ca`.
+    pub fn client_ca(&self) -> Opened<Authorities> {
+        let Some(file) = &self.tls_client_ca else {
+            return Ok(None);
+        };
+        let files = vec![file.clone()];
+        Watched::open(FileSetting::TlsClientCa, files, Authorities::parse).map(Some)
+    }
+
+    /// How to reach Redis, and what keeps that up to date; None without
+    /// `--redis-url`.
+    pub fn redis(&self) -> Result<Option<(RedisSettings, RedisWatchers)>, String> {
         // Compose files leave a variable empty where they mean "not set".
         let Some(url) = self.redis_url.as_ref().filter(|url| !url.is_empty()) else {
             return Ok(None);
         };
+        let (password, password_watcher) = self.redis_password()?.unzip();
+        let (authorities, authorities_watcher) = self.redis_authorities()?.unzip();
+        let (identity, identity_watcher) = self.redis_identity()?.unzip();
+        let files = RedisFiles {
+            password,
+            authorities,
+            identity,
+        };
         let pool_size = usize::from(self.redis_pool_size);
-        let tls = self.redis_tls()?;
-        let mut redis = RedisSettings::new(url, tls, pool_size, self.redis_timeout)
+        let mut redis = RedisSettings::new(url, files, pool_size, self.redis_timeout)
             .map_err(|error| format!("--redis-url: {error}"))?;
         if let Some(username) = &self.redis_username {
             redis.set_username(username.clone());
         }
-        if let Some(file) = &self.redis_password_file {
-            let password = std::fs::read_to_string(file)
-                .map_err(|error| format!("--redis-password-file {}: {error}", file.display()))?;
-            let password = password.trim_end_matches(['\r', '\n']);
-            if password.is_empty() {
-                return Err(format!(
-                    "--redis-password-file {}: is empty",
-                    file.display()
-                ));
-            }
-            redis.set_password(password.to_owned());
-        }
-        Ok(Some(redis))
+        let watchers = RedisWatchers {
+            password: password_watcher,
+            authorities: authorities_watcher,
+            identity: identity_watcher,
+        };
+        Ok(Some((redis, watchers)))
     }
 
-    fn redis_tls(&self) -> Result<ClientTls, String> {
-        let read = |setting: &str, file: &PathBuf| {
-            let content = std::fs::read(file);
-            content.map_err(|error| format!("{setting} {}: {error}", file.display()))
+    fn redis_password(&self) -> Opened<String> {
+        let Some(file) = &self.redis_password_file else {
+            return Ok(None);
         };
-        let mut tls = ClientTls::default();
-        if let Some(file) = &self.redis_ca {
-            let trust = Trust::from_pem(&read("--redis-ca", file)?);
-            let trust = trust.map_err(|error| format!("--redis-ca {}: {error}", file.display()));
-            tls.trust = Some(trust?);
-        }
-        if let (Some(cert), Some(key)) = (&self.redis_cert, &self.redis_key) {
-            let identity =
-                Identity::from_pem(&read("--redis-cert", cert)?, &read("--redis-key", key)?);
-            let identity =
-                identity.map_err(|error| format!("--redis-cert {}: {error}", cert.display()));
-            tls.identity = Some(identity?);
-        }
-        Ok(tls)
+        let files = vec![file.clone()];
+        Watched::open(FileSetting::RedisPasswordFile, files, password).map(Some)
     }
+
+    fn redis_authorities(&self) -> Opened<Authorities> {
+        let Some(file) = &self.redis_ca else {
+            return Ok(None);
+        };
+        let files = vec![file.clone()];
+        Watched::open(FileSetting::RedisCa, files, Authorities::parse).map(Some)
+    }
+
+    fn redis_identity(&self) -> Opened<Identity> {
+        let (Some(certificate), Some(key)) = (&self.redis_cert, &self.redis_key) else {
+            return Ok(None);
+        };
+        let files = vec![certificate.clone(), key.clone()];
+        Watched::open(FileSetting::RedisCert, files, Identity::parse).map(Some)
+    }
+}
+
+// === impl RedisWatchers ===
+
+impl RedisWatchers {
+    /// Looks at the files every `interval`.
+    pub fn spawn_on(self, tasks: &mut JoinSet<()>, interval: Duration) {
+        if let Some(password) = self.password {
+            tasks.spawn(password.watch_forever(interval));
+        }
+        if let Some(authorities) = self.authorities {
+            tasks.spawn(authorities.watch_forever(interval));
+        }
+        if let Some(identity) = self.identity {
+            tasks.spawn(identity.watch_forever(interval));
+        }
+    }
+}
+
+/// A line break at the end is not part of the password.
+fn password(contents: &[Vec<u8>]) -> Result<String, String> {
+    let password = String::from_utf8(contents.concat()).map_err(|_| "is not UTF-8")?;
+    let password = password.trim_end_matches(['\r', '\n']);
+    if password.is_empty() {
+        return Err("is empty".into());
+    }
+    Ok(password.to_owned())
 }
 
 /// clap explains an error in several lines; the first says what is wrong.
@@ -351,8 +486,9 @@ fn one_line(text: &str) -> String {
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let first = lines.next().unwrap_or("error: bad settings").to_owned();
     if first.ends_with(':') {
-        // The names of missing or conflicting settings stand on the next line.
-        return format!("{first} {}", lines.next().unwrap_or_default());
+        // The names of missing or conflicting settings stand on the next lines.
+        let names: Vec<_> = lines.take_while(|line| line.starts_with("--")).collect();
+        return format!("{first} {}", names.join(", "));
     }
     first
 }
@@ -375,6 +511,31 @@ fn trip_after(text: &str) -> Result<Duration, String> {
         return Err("must be from 50ms to 1m".into());
     }
     Ok(trip_after)
+}
+
+fn connection_age(text: &str) -> Result<Duration, String> {
+    let age = duration(text)?;
+    if !(Duration::from_secs(1)..=Duration::from_secs(365 * 24 * 3_600)).contains(&age) {
+        return Err("must be from 1s to 365d".into());
+    }
+    Ok(age)
+}
+
+fn reload_interval(text: &str) -> Result<Duration, String> {
+    let interval = duration(text)?;
+    if !(Duration::from_millis(100)..=Duration::from_secs(3_600)).contains(&interval) {
+        return Err("must be from 100ms to 1h".into());
+    }
+    Ok(interval)
+}
+
+/// What a semaphore can count.
+fn inflight_size(text: &str) -> Result<usize, String> {
+    let bytes = size(text)?;
+    if bytes > tokio::sync::Semaphore::MAX_PERMITS {
+        return Err("is too large".into());
+    }
+    Ok(bytes)
 }
 
 fn size(text: &str) -> Result<usize, String> {
@@ -449,6 +610,18 @@ mod tests {
             (&["--mirror-max-bytes", "lots"], "--mirror-max-bytes"),
             (&["--mirror-max-bytes=-1"], "--mirror-max-bytes"),
             (&["--key-prefix", ""], "--key-prefix"),
+            (&["--max-inflight-bytes", "1MiB"], "--max-inflight-bytes"),
+            (&["--auth-token-file", "/nowhere"], "--auth-token-file"),
+            (&["--reload-interval", "1ms"], "--reload-interval"),
+            (&["--tls-cert", "/nowhere"], "--tls-key"),
+            (&["--tls-key", "/nowhere"], "--tls-cert"),
+            (&["--tls-client-ca", "/nowhere"], "--tls-cert"),
+            (
+                &["--tls-cert", "/nowhere", "--tls-key", "/nowhere"],
+                "--tls-cert /nowhere",
+            ),
+            (&["--max-connection-age", "0s"], "--max-connection-age"),
+            (&["--max-connections", "0"], "--max-connections"),
             (&["--default-ttl", "100ms"], "--default-ttl"),
             (&["--default-ttl", "10d", "--max-ttl", "1d"], "--max-ttl"),
             (&["--redis-url", "localhost"], "--redis-url"),
@@ -490,7 +663,7 @@ mod tests {
             }
         }
         let settings = read(&["--redis-url", "redis://u:s3cret@host"]).unwrap();
-        let redis = settings.redis().unwrap().unwrap();
+        let (redis, _) = settings.redis().unwrap().unwrap();
         assert!(!format!("{redis:?}").contains("s3cret"));
     }
 

@@ -7,8 +7,12 @@
 //! |---|---|
 //! | [`config`] | every setting, its default, its check |
 //! | [`telemetry`] | logs and metrics |
+//! | [`reload`] | what is read from files and read again when they change |
 //! | [`server`] | puts the parts together; start and graceful stop |
+//! | [`connections`] | the connections of clients |
+//! | [`tls`] | TLS of the gRPC port |
 //! | [`admin`] | the HTTP port: probes, health, metrics |
+//! | [`auth`] | who may call |
 //! | [`grpc`] | the protobuf surface |
 //! | [`store`] | the store contract, and the stores |
 //! | [`document`] | the JSON document of a group |
@@ -18,11 +22,15 @@
 #![forbid(unsafe_code)]
 
 pub mod admin;
+pub mod auth;
 pub mod config;
+pub mod connections;
 pub mod document;
 pub mod group;
 pub mod grpc;
+pub mod reload;
 pub mod server;
 pub mod store;
 pub mod telemetry;
+pub mod tls;
 pub mod version;

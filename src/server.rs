@@ -3,19 +3,22 @@
 use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{net::TcpListener, task::JoinSet, time::Instant};
-use tonic::transport::server::TcpIncoming;
+use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
     admin::{Admin, Phase},
+    auth::Tokens,
     config::Settings,
+    connections::{self, ConnectionLimits},
     grpc::{
         self,
-        envelope::EnvelopeLayer,
+        envelope::{Admission, Envelope},
         proto::group_state_service_server::{GroupStateServiceServer, SERVICE_NAME},
         service::Service,
         validation::Limits,
     },
+    reload::{Opened, Watched},
     store::{
         GroupStore,
         documents::Documents,
@@ -25,6 +28,7 @@ use crate::{
         switch::Switch,
     },
     telemetry,
+    tls::ServerTls,
     version::InstanceId,
 };
 
@@ -36,9 +40,14 @@ pub struct Server {
     /// None without Redis.
     failover: Option<Failover>,
     admin: Arc<Admin>,
+    /// None: callers need none.
+    tokens: Option<Watched<Tokens>>,
+    /// None: plain text.
+    tls: Option<ServerTls>,
     instance: InstanceId,
-    /// Serves HTTP and keeps the metrics in order, as long as this value lives.
-    _tasks: JoinSet<()>,
+    /// Serves HTTP, keeps the metrics in order and watches files, as long as this
+    /// value lives.
+    tasks: JoinSet<()>,
 }
 
 /// How to stop.
@@ -61,8 +70,8 @@ pub enum ServerError {
     },
     #[error("{0}")]
     Redis(String),
-    #[error("the gRPC server failed: {0}")]
-    Serve(#[from] tonic::transport::Error),
+    #[error("{0}")]
+    File(String),
     #[error("{0}")]
     Io(#[from] io::Error),
 }
@@ -83,9 +92,6 @@ const LAST_TRY: Duration = Duration::from_secs(5);
 /// The time that replies get to leave after the last call.
 const LAST_REPLIES: Duration = Duration::from_millis(500);
 
-const HTTP2_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(60);
-const HTTP2_KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
-
 // === impl Server ===
 
 impl Server {
@@ -95,7 +101,7 @@ impl Server {
         let instance = InstanceId::random();
         let max_bytes = settings.mirror_max_bytes;
         let max_document_bytes = settings.max_document_bytes;
-        let Some(redis) = settings.redis().map_err(ServerError::Redis)? else {
+        let Some((redis, files)) = settings.redis().map_err(ServerError::Redis)? else {
             tracing::info!(
                 "no --redis-url: groups are kept in memory and do not survive a restart"
             );
@@ -118,7 +124,8 @@ impl Server {
         );
         let store = Documents::new(failover.clone(), max_document_bytes, instance.clone());
         let admin = Admin::of_failover(failover.clone(), &instance);
-        let server = Self::listen(
+        let interval = settings.reload_interval;
+        let mut server = Self::listen(
             settings,
             Arc::new(store),
             Some(failover.clone()),
@@ -126,6 +133,7 @@ impl Server {
             instance,
         )
         .await?;
+        files.spawn_on(&mut server.tasks, interval);
         failover.started(Instant::now() + REDIS_START_BOUND).await;
         Ok(server)
     }
@@ -152,8 +160,19 @@ impl Server {
         let grpc = listen("--grpc-addr", settings.grpc_addr).await?;
         let http = listen("--http-addr", settings.http_addr).await?;
         tracing::info!(addr = %http.local_addr()?, "serving HTTP");
-        let admin = Arc::new(admin);
         let mut tasks = JoinSet::new();
+        let interval = settings.reload_interval;
+        let tokens = watch(settings.tokens(), interval, &mut tasks)?;
+        let client_ca = watch(settings.client_ca(), interval, &mut tasks)?;
+        let identity = watch(settings.identity(), interval, &mut tasks)?;
+        let tls = match identity {
+            Some(identity) => Some(ServerTls::new(identity, client_ca).map_err(ServerError::File)?),
+            None => None,
+        };
+        if tokens.is_some() && tls.is_none() {
+            tracing::warn!("tokens are sent in plain text: there is no --tls-cert");
+        }
+        let admin = Arc::new(admin.open_to(tokens.clone()));
         tasks.spawn(admin.clone().serve(http));
         tasks.spawn(telemetry::upkeep_forever());
         Ok(Self {
@@ -162,8 +181,10 @@ impl Server {
             store,
             failover,
             admin,
+            tokens,
+            tls,
             instance,
-            _tasks: tasks,
+            tasks,
         })
     }
 
@@ -198,23 +219,28 @@ impl Server {
         self.admin.set_phase(Phase::Serving);
 
         let backend = self.store.backend().name();
-        let envelope =
-            EnvelopeLayer::new(self.store, &self.instance, settings.max_concurrent_calls);
-        let in_flight = envelope.in_flight().clone();
-        let router = tonic::transport::Server::builder()
-            .tcp_nodelay(true)
-            .http2_keepalive_interval(Some(HTTP2_KEEPALIVE_INTERVAL))
-            .http2_keepalive_timeout(Some(HTTP2_KEEPALIVE_TIMEOUT))
-            .max_concurrent_streams(settings.max_streams_per_connection)
-            .layer(envelope)
-            .add_service(service)
+        let admission = Admission {
+            tokens: self.tokens,
+            max_concurrent_calls: settings.max_concurrent_calls,
+            max_inflight_bytes: settings.max_inflight_bytes,
+            max_request_bytes: settings.max_request_bytes,
+        };
+        let routes = Routes::new(service)
             .add_service(health_service)
             .add_service(reflection().build_v1().map_err(io::Error::other)?)
-            .add_service(reflection().build_v1alpha().map_err(io::Error::other)?);
+            .add_service(reflection().build_v1alpha().map_err(io::Error::other)?)
+            .prepare();
+
+        let envelope = Envelope::new(routes, self.store, &self.instance, admission);
+        let in_flight = envelope.in_flight().clone();
 
         let (finish, finished) = tokio::sync::oneshot::channel::<()>();
-        let incoming = TcpIncoming::from(self.grpc).with_nodelay(Some(true));
-        let serve = router.serve_with_incoming_shutdown(incoming, async {
+        let limits = ConnectionLimits {
+            max_connections: connections::within_open_files(settings.max_connections),
+            max_age: settings.max_connection_age,
+            max_streams: settings.max_streams_per_connection,
+        };
+        let serve = connections::serve(self.grpc, self.tls, limits, envelope, async {
             // An error means that `finish` was dropped, which ends it as well.
             let _ = finished.await;
         });
@@ -223,7 +249,7 @@ impl Server {
         tracing::info!(%addr, instance, backend, "serving gRPC");
 
         let stop = tokio::select! {
-            result = &mut serve => return Ok(result?),
+            () = &mut serve => return Ok(()),
             stop = stop => stop,
         };
         self.admin.set_phase(Phase::Stopping);
@@ -232,7 +258,7 @@ impl Server {
             let delay = settings.shutdown_delay;
             tracing::info!(?delay, "stopping: health says NOT_SERVING");
             tokio::select! {
-                result = &mut serve => return Ok(result?),
+                () = &mut serve => return Ok(()),
                 () = tokio::time::sleep(delay) => {}
             }
         }
@@ -252,7 +278,7 @@ impl Server {
             tokio::time::sleep(LAST_REPLIES).await;
         };
         tokio::select! {
-            result = &mut serve => result?,
+            () = &mut serve => {}
             () = idle => {}
             () = tokio::time::sleep(settings.shutdown_timeout) => {
                 let calls = in_flight.len();
@@ -276,6 +302,19 @@ impl Server {
         }
         Ok(())
     }
+}
+
+/// Has the files of a setting watched, if there are any.
+fn watch<T: Send + Sync + 'static>(
+    opened: Opened<T>,
+    interval: Duration,
+    tasks: &mut JoinSet<()>,
+) -> Result<Option<Watched<T>>, ServerError> {
+    let opened = opened.map_err(ServerError::File)?;
+    Ok(opened.map(|(watched, watcher)| {
+        tasks.spawn(watcher.watch_forever(interval));
+        watched
+    }))
 }
 
 async fn listen(setting: &'static str, addr: SocketAddr) -> Result<TcpListener, ServerError> {

@@ -3,6 +3,7 @@
 
 use std::{
     fmt,
+    net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -54,6 +55,10 @@ struct Told {
     backend: Option<Backend>,
 }
 
+/// Where a call comes from, among the extensions of its request.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer(pub SocketAddr);
+
 /// Names one call in replies and logs: 1 to 128 visible ASCII characters.
 #[derive(Clone, Debug)]
 pub struct RequestId(HeaderValue);
@@ -75,7 +80,7 @@ impl CallContext {
         let deadline = headers
             .get("grpc-timeout")
             .and_then(|value| parse_timeout(value.to_str().ok()?))
-            .and_then(|timeout| received.checked_add(ahead_of(timeout)));
+            .and_then(|timeout| received.checked_add(timeout));
         if operation.is_some() {
             telemetry::call_begins();
         }
@@ -100,6 +105,11 @@ impl CallContext {
 
     pub fn request_id(&self) -> &RequestId {
         &self.0.request_id
+    }
+
+    /// Whether it is a call of our service, not of health, reflection or nobody.
+    pub fn is_ours(&self) -> bool {
+        self.0.operation.is_some()
     }
 
     pub fn deadline(&self) -> Deadline {
@@ -216,12 +226,6 @@ fn trace_id(headers: &HeaderMap) -> Option<String> {
         version => version != "ff",
     };
     (well_formed && !is_zero(trace) && !is_zero(parent)).then(|| trace.to_owned())
-}
-
-/// tonic ends a call at its timeout with a status of its own; ours has to come
-/// first.
-fn ahead_of(timeout: Duration) -> Duration {
-    timeout - Duration::from_millis(2).min(timeout / 2)
 }
 
 /// Reads a `grpc-timeout`: at most 8 digits and a unit.

@@ -1,38 +1,51 @@
-//! What surrounds every call: its context, the limit on calls at once, and what
-//! becomes of panics and of the statuses that tonic makes by itself.
+//! What surrounds every call: its context, its credentials, the limits on what is
+//! worked on at once, and what becomes of panics and of the statuses that tonic
+//! makes by itself.
 
 use std::{
     panic::AssertUnwindSafe,
+    pin::Pin,
     sync::Arc,
     task::{Context, Poll},
 };
 
+use bytes::Bytes;
 use futures::{FutureExt, future::BoxFuture};
-use http::{HeaderName, HeaderValue, Request, Response};
-use tokio::sync::Semaphore;
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 use tonic::{Code, Status, body::Body};
-use tower::{Layer, Service};
+use tower::Service;
 
 use super::{
-    call::{CallContext, REQUEST_ID},
+    call::{CallContext, Peer, REQUEST_ID},
+    receive::{Inbox, Room},
     status::CallError,
 };
 use crate::{
+    auth::Tokens,
+    reload::Watched,
     store::GroupStore,
-    telemetry::{self, Limit},
+    telemetry::{self, Limit, seldom},
     version::InstanceId,
 };
 
 const INSTANCE: HeaderName = HeaderName::from_static("x-groupstate-instance");
 
-/// Calls of this service are never shed: a probe must not fail under load.
+/// Calls of this service need no token and are never shed: a probe must not fail
+/// under load.
 const HEALTH_PATH: &str = "/grpc.health.v1.Health/";
 
-/// Puts every call of a server into its envelope.
-#[derive(Clone)]
-pub struct EnvelopeLayer {
-    shared: Arc<Shared>,
+/// Which calls are let in.
+#[derive(Clone, Debug)]
+pub struct Admission {
+    /// None: callers need none.
+    pub tokens: Option<Watched<Tokens>>,
+    pub max_concurrent_calls: usize,
+    /// Requests that are being received or worked on, all together.
+    pub max_inflight_bytes: usize,
+    pub max_request_bytes: usize,
 }
 
 /// A service whose calls are in their envelope.
@@ -42,35 +55,57 @@ pub struct Envelope<S> {
     shared: Arc<Shared>,
 }
 
+/// The body of a reply. What the call has taken is given back when it has left.
+pub struct Reply {
+    body: Body,
+    _taken: Taken,
+}
+
+/// What a call takes of what there is for all.
+#[derive(Default)]
+struct Taken {
+    _call: Option<OwnedSemaphorePermit>,
+    _room: Room,
+}
+
 struct Shared {
     /// Asked who would answer, for calls that reach nobody.
     store: Arc<dyn GroupStore>,
     instance: HeaderValue,
-    calls: Semaphore,
+    tokens: Option<Watched<Tokens>>,
+    calls: Arc<Semaphore>,
     max_concurrent_calls: usize,
+    inbox: Inbox,
     in_flight: TaskTracker,
 }
 
-// === impl EnvelopeLayer ===
+// === impl Envelope ===
 
-impl EnvelopeLayer {
-    /// At most `max_concurrent_calls` calls are worked on at once, health
-    /// calls apart; more are refused.
+impl<S> Envelope<S> {
+    /// Puts every call of `inner`, which answers from `store`, into its envelope.
     pub fn new(
+        inner: S,
         store: Arc<dyn GroupStore>,
         instance: &InstanceId,
-        max_concurrent_calls: usize,
+        admission: Admission,
     ) -> Self {
-        Self {
-            shared: Arc::new(Shared {
-                store,
-                instance: HeaderValue::from_str(instance.as_str())
-                    .expect("an instance id consists of hex digits"),
-                calls: Semaphore::new(max_concurrent_calls),
-                max_concurrent_calls,
-                in_flight: TaskTracker::new(),
-            }),
-        }
+        let Admission {
+            tokens,
+            max_concurrent_calls,
+            max_inflight_bytes,
+            max_request_bytes,
+        } = admission;
+        let shared = Arc::new(Shared {
+            store,
+            instance: HeaderValue::from_str(instance.as_str())
+                .expect("an instance id consists of hex digits"),
+            tokens,
+            calls: Arc::new(Semaphore::new(max_concurrent_calls)),
+            max_concurrent_calls,
+            inbox: Inbox::new(max_inflight_bytes, max_request_bytes),
+            in_flight: TaskTracker::new(),
+        });
+        Self { inner, shared }
     }
 
     /// The calls in flight.
@@ -79,27 +114,15 @@ impl EnvelopeLayer {
     }
 }
 
-impl<S> Layer<S> for EnvelopeLayer {
-    type Service = Envelope<S>;
-
-    fn layer(&self, inner: S) -> Self::Service {
-        Envelope {
-            inner,
-            shared: self.shared.clone(),
-        }
-    }
-}
-
-// === impl Envelope ===
-
 impl<S, B> Service<Request<B>> for Envelope<S>
 where
-    S: Service<Request<B>, Response = Response<Body>> + Clone + Send + 'static,
+    S: Service<Request<Body>, Response = Response<Body>> + Clone + Send + 'static,
     S::Future: Send,
     S::Error: Send,
-    B: Send + 'static,
+    B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    type Response = Response<Body>;
+    type Response = Response<Reply>;
     type Error = S::Error;
     type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
 
@@ -107,41 +130,52 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+    fn call(&mut self, request: Request<B>) -> Self::Future {
         // The instance that was polled ready, not its clone, takes the call.
         let clone = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, clone);
         let shared = self.shared.clone();
         let context = CallContext::of(&request, shared.in_flight.token());
-        let is_health = request.uri().path().starts_with(HEALTH_PATH);
         Box::pin(async move {
-            let _permit = if is_health {
-                None
-            } else {
-                match shared.calls.try_acquire() {
-                    Ok(permit) => Some(permit),
-                    Err(_) => {
-                        let limit = Limit::MaxConcurrentCalls;
-                        telemetry::call_shed(limit);
-                        let error = CallError::overloaded(limit, shared.max_concurrent_calls);
-                        return Ok(shared.refuse(error, &context));
-                    }
+            let is_health = request.uri().path().starts_with(HEALTH_PATH);
+            let mut taken = Taken::default();
+            let answer = async {
+                let (parts, body) = request.into_parts();
+                if !is_health {
+                    shared.authenticate(&parts.headers, parts.extensions.get())?;
+                    taken._call = Some(shared.take_call()?);
                 }
-            };
-            request.extensions_mut().insert(context.clone());
-            let handled = AssertUnwindSafe(inner.call(request)).catch_unwind();
-            let handled = match context.deadline().instant() {
-                Some(deadline) => tokio::time::timeout_at(deadline, handled).await,
-                None => Ok(handled.await),
-            };
-            Ok(match handled {
-                Ok(Ok(response)) => shared.seal(response?, &context, is_health),
-                Ok(Err(_panic)) => {
+                let body = if is_health {
+                    shared.inbox.receive_health(body).await?
+                } else if context.is_ours() {
+                    let (body, room) = shared.inbox.receive(body).await?;
+                    taken._room = room;
+                    body
+                } else {
+                    Body::new(body)
+                };
+                let mut request = Request::from_parts(parts, body);
+                request.extensions_mut().insert(context.clone());
+                let handled = AssertUnwindSafe(inner.call(request)).catch_unwind();
+                handled.await.map_err(|_panic| {
                     context.panicked();
-                    shared.refuse(CallError::internal(), &context)
-                }
-                Err(_elapsed) => shared.refuse(CallError::deadline_exceeded(), &context),
-            })
+                    CallError::internal()
+                })
+            };
+            let answer = match context.deadline().instant() {
+                Some(deadline) => tokio::time::timeout_at(deadline, answer)
+                    .await
+                    .unwrap_or_else(|_| Err(CallError::deadline_exceeded())),
+                None => answer.await,
+            };
+            let response = match answer {
+                Ok(response) => shared.seal(response?, &context, is_health),
+                Err(error) => shared.refuse(error, &context),
+            };
+            Ok(response.map(|body| Reply {
+                body,
+                _taken: taken,
+            }))
         })
     }
 }
@@ -149,6 +183,25 @@ where
 // === impl Shared ===
 
 impl Shared {
+    fn authenticate(&self, headers: &HeaderMap, peer: Option<&Peer>) -> Result<(), CallError> {
+        let Some(tokens) = &self.tokens else {
+            return Ok(());
+        };
+        tokens.current().check(headers).map_err(|rejection| {
+            let peer = peer.map(|Peer(addr)| tracing::field::display(addr));
+            seldom!(warn, peer, reason = %rejection, "a call was refused for want of a valid token");
+            CallError::unauthenticated(rejection)
+        })
+    }
+
+    fn take_call(&self) -> Result<OwnedSemaphorePermit, CallError> {
+        self.calls.clone().try_acquire_owned().map_err(|_| {
+            let limit = Limit::MaxConcurrentCalls;
+            telemetry::call_shed(limit);
+            CallError::overloaded(limit, self.max_concurrent_calls)
+        })
+    }
+
     fn refuse(&self, error: CallError, context: &CallContext) -> Response<Body> {
         let status = context.refuse(error, self.store.backend());
         self.label(status.into_http(), context)
@@ -179,5 +232,27 @@ impl Shared {
         headers.insert(REQUEST_ID, context.request_id().header().clone());
         headers.insert(INSTANCE, self.instance.clone());
         response
+    }
+}
+
+// === impl Reply ===
+
+impl HttpBody for Reply {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }

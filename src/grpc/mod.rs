@@ -1,8 +1,8 @@
 //! The protobuf surface: nothing below knows gRPC, nothing above knows how
 //! groups are stored.
 //!
-//! A call passes the [`envelope`] (its [`call`] context, load shedding, panics),
-//! then the [`service`]: [`validation`] turns the request into the
+//! A call passes the [`envelope`] (its [`call`] context, its credentials, load
+//! shedding, panics), which has it [`receive`]d, then the [`service`]: [`validation`] turns the request into the
 //! domain, the store answers, [`convert`] turns the answer into a reply, and
 //! [`status`] turns whatever went wrong into a status.
 
@@ -10,6 +10,7 @@ pub mod call;
 mod convert;
 pub mod envelope;
 mod load_all;
+mod receive;
 pub mod service;
 mod status;
 pub mod validation;

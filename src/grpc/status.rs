@@ -8,6 +8,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 
 use super::proto::{self as pb, ErrorReason};
 use crate::{
+    auth::Rejection,
     store::{Backend, StoreError},
     telemetry::{CallResult, Limit, seldom},
 };
@@ -126,6 +127,29 @@ impl CallError {
                 ),
             )
         }
+    }
+
+    /// The body of a request was still not there after this time.
+    pub fn request_too_slow(after: Duration) -> Self {
+        Self::new(
+            Code::DeadlineExceeded,
+            ErrorReason::DeadlineExceeded,
+            format!("the whole request has to come within {after:?}"),
+        )
+    }
+
+    /// The body of a request ended before its end.
+    pub fn request_broken_off() -> Self {
+        let message = "the request was broken off";
+        Self::new(Code::Cancelled, ErrorReason::Cancelled, message)
+    }
+
+    pub fn unauthenticated(rejection: Rejection) -> Self {
+        Self::new(
+            Code::Unauthenticated,
+            ErrorReason::Unauthenticated,
+            rejection.to_string(),
+        )
     }
 
     /// A status that tonic made by itself, in the terms of our contract. Of the

@@ -98,6 +98,7 @@ label! {
     /// The settings over which calls are shed.
     Limit {
         MaxConcurrentCalls = "max-concurrent-calls",
+        MaxInflightBytes = "max-inflight-bytes",
         MaxScans = "max-scans",
     }
 }
@@ -122,6 +123,33 @@ label! {
         Closed = "closed",
         Open = "open",
         HalfOpen = "half_open",
+    }
+}
+
+label! {
+    /// Why a connection of a client did not come about.
+    ConnectionFailure {
+        /// Over the setting.
+        MaxConnections = "max-connections",
+        /// The TLS handshake failed, or what followed is not HTTP/2.
+        Handshake = "handshake",
+        /// It did not begin in time.
+        Timeout = "timeout",
+    }
+}
+
+label! {
+    /// What is read from files and read again when they change, by the name of its
+    /// setting.
+    FileSetting {
+        /// The certificate and its key.
+        TlsCert = "tls-cert",
+        TlsClientCa = "tls-client-ca",
+        AuthTokenFile = "auth-token-file",
+        RedisPasswordFile = "redis-password-file",
+        RedisCa = "redis-ca",
+        /// The certificate and its key.
+        RedisCert = "redis-cert",
     }
 }
 
@@ -152,7 +180,13 @@ struct Meters {
     redis_durations: Vec<Histogram>,
     redis_retries: Counter,
     redis_may_evict: Gauge,
+    reload_failures: Vec<Counter>,
+    connections: Gauge,
+    connection_failures: Vec<Counter>,
 }
+
+/// A connection of a client that is open as long as this is held.
+pub struct OpenConnection(());
 
 /// One attempt at Redis; it is measured when this is dropped.
 pub struct RedisAttempt {
@@ -337,6 +371,26 @@ impl Meters {
                 Unit::Count,
                 &[],
             ),
+            connections: gauge(
+                "connections",
+                "Connections of gRPC clients that are open.",
+                Unit::Count,
+                &[],
+            ),
+            connection_failures: each(ConnectionFailure::ALL, |reason| {
+                counter(
+                    "connection_failures_total",
+                    "Connections of gRPC clients that did not come about, by the reason.",
+                    &[("reason", reason.name())],
+                )
+            }),
+            reload_failures: each(FileSetting::ALL, |file| {
+                counter(
+                    "reload_failures_total",
+                    "Looks at a file that has changed and is of no use; what was read before stays.",
+                    &[("file", file.name())],
+                )
+            }),
         }
     }
 }
@@ -484,6 +538,43 @@ pub fn redis_retries() {
 /// Whether Redis throws groups away when its memory is full.
 pub fn redis_may_evict(may: bool) {
     METERS.redis_may_evict.set(u8::from(may));
+}
+
+/// A client has connected.
+#[must_use]
+pub fn connection_opens() -> OpenConnection {
+    METERS.connections.increment(1);
+    OpenConnection(())
+}
+
+/// A connection of a client did not come about.
+pub fn connection_failed(reason: ConnectionFailure) {
+    METERS.connection_failures[reason as usize].increment(1);
+}
+
+/// The files of a setting have changed and are of no use, now or still.
+pub fn reload_failed(setting: FileSetting) {
+    METERS.reload_failures[setting as usize].increment(1);
+}
+
+/// A certificate that is in use ends at this time, in seconds of the Unix epoch.
+/// Only of certificates that there are: a 0 would say that they have expired.
+pub fn certificate_expires(setting: FileSetting, at: i64) {
+    gauge(
+        "certificate_expiry_timestamp_seconds",
+        "When the certificate in use expires, of CAs the last; in seconds of the Unix epoch.",
+        Unit::Seconds,
+        &[("file", setting.name())],
+    )
+    .set(at as f64);
+}
+
+// === impl OpenConnection ===
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        METERS.connections.decrement(1);
+    }
 }
 
 // === impl RedisAttempt ===

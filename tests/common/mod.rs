@@ -3,7 +3,7 @@
 
 #![allow(dead_code, reason = "each test binary uses some of the helpers")]
 
-pub mod authority;
+pub mod certificates;
 pub mod fault_proxy;
 pub mod http;
 pub mod late_requests;

@@ -29,7 +29,7 @@ use groupstate::{
         documents::Documents,
         failover::{Failover, FailoverSettings},
         memory::MemoryStore,
-        redis::{ClientTls, RedisSettings, RedisStore},
+        redis::{RedisFiles, RedisSettings, RedisStore},
         switch::OnRecovery,
     },
     version::InstanceId,
@@ -133,7 +133,7 @@ async fn store_of(url: &str, prefix: &str, timeout: Duration) -> Arc<dyn GroupSt
 }
 
 fn settings(url: &str, timeout: Duration) -> RedisSettings {
-    RedisSettings::new(url, ClientTls::default(), 2, timeout).unwrap()
+    RedisSettings::new(url, RedisFiles::default(), 2, timeout).unwrap()
 }
 
 /// Runs the whole suite against each of some stores.

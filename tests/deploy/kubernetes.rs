@@ -14,11 +14,14 @@ use crate::{
 const BASE: &str = "deploy/kubernetes/base";
 const PRODUCTION: &str = "deploy/kubernetes/overlays/production";
 const DEVELOPMENT: &str = "deploy/kubernetes/overlays/development";
-const ALL: [&str; 4] = [
+/// Production with the component `front-door`.
+const FRONT_DOOR: &str = "tests/deploy/front-door";
+const ALL: [&str; 5] = [
     BASE,
     "deploy/kubernetes/monitoring",
     PRODUCTION,
     DEVELOPMENT,
+    FRONT_DOOR,
 ];
 
 /// The oldest Kubernetes that the manifests are for, and the newest one whose
@@ -199,6 +202,32 @@ fn the_service_takes_the_settings_and_has_time_to_stop() {
             let expected = json!({"path": path, "port": "http"});
             assert_eq!(container[probe]["httpGet"], expected, "{probe}");
         }
+    }
+}
+
+#[test]
+fn the_front_door_finds_its_files_in_the_secret() {
+    let rendered = Rendered::of(FRONT_DOOR);
+    let pod = &rendered.pod()["spec"];
+    let named = |list: &Value| {
+        let mut found = items(list).filter(|item| item["name"] == "front-door");
+        found.next().unwrap().clone()
+    };
+    let mount = named(&pod["containers"][0]["volumeMounts"]);
+    // As a folder: with subPath a file never changes.
+    assert_eq!(mount["subPath"], Value::Null);
+    let secret = &named(&pod["volumes"])["secret"];
+    assert_eq!(secret["secretName"], "groupstate-front-door");
+    // Their group may read them.
+    assert_eq!(secret["defaultMode"], 0o440);
+    let arguments = rendered.arguments();
+    for (flag, key) in [
+        ("--tls-cert", "tls.crt"),
+        ("--tls-key", "tls.key"),
+        ("--auth-token-file", "tokens"),
+    ] {
+        let expected = format!("{flag}={}/{key}", text(&mount["mountPath"]));
+        assert!(arguments.contains(&expected), "{expected}: {arguments:?}");
     }
 }
 

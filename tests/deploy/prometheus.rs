@@ -9,6 +9,7 @@ use groupstate::grpc::proto as pb;
 use crate::{
     PREFIX,
     common::{
+        certificates::{Ca, Valid},
         http,
         prometheus::Prometheus,
         redis_server::RedisServer,
@@ -92,8 +93,17 @@ async fn the_service_has_every_metric_that_a_rule_or_a_panel_uses() {
     let redis = RedisServer::start().await;
     let service = Service::start(&["--redis-url", &redis.url()]);
     calls(&mut service.client().await).await;
-    let reply = http::get(service.http_addr(), "/metrics", Duration::from_secs(2)).await;
-    let exposed = reply.unwrap().body;
+    // One with a certificate, and one that can be called without.
+    let folder = tempfile::tempdir().unwrap();
+    let issued = Ca::new("the CA").issue(Valid::Now);
+    let (certificate, key) = issued.write(folder.path(), "server");
+    let [certificate, key] = [certificate, key].map(|path| path.display().to_string());
+    let with_tls = Service::start(&["--tls-cert", &certificate, "--tls-key", &key]);
+    let mut exposed = String::new();
+    for addr in [service.http_addr(), with_tls.http_addr()] {
+        let reply = http::get(addr, "/metrics", Duration::from_secs(2)).await;
+        exposed += &reply.unwrap().body;
+    }
     let missing: Vec<&str> = promql::METRICS
         .into_iter()
         // Prometheus adds this one.

@@ -7,9 +7,12 @@ use crate::{PREFIX, dashboard, rules, text};
 
 /// Every metric of the service that a rule or a panel uses, without its prefix.
 /// The live test asks a running service for each of them.
-pub const METRICS: [&str; 27] = [
+pub const METRICS: [&str; 31] = [
     "build_info",
     "calls_shed_total",
+    "certificate_expiry_timestamp_seconds",
+    "connection_failures_total",
+    "connections",
     "degraded_writes_carried_total",
     "degraded_writes_discarded_total",
     "degraded_writes_merged_total",
@@ -26,6 +29,7 @@ pub const METRICS: [&str; 27] = [
     "redis_duration_seconds_count",
     "redis_may_evict",
     "redis_retries_total",
+    "reload_failures_total",
     "storage_duration_seconds_bucket",
     "storage_duration_seconds_count",
     "storage_fallback_total",

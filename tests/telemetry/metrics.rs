@@ -46,6 +46,15 @@ const RESULTS: [&str; 10] = [
     "error",
 ];
 
+const FILES: [&str; 6] = [
+    "tls-cert",
+    "tls-client-ca",
+    "auth-token-file",
+    "redis-password-file",
+    "redis-ca",
+    "redis-cert",
+];
+
 const COMMANDS: [&str; 6] = ["write", "delete", "restore", "read", "scan", "other"];
 
 const BUCKETS: [&str; 25] = [
@@ -55,9 +64,11 @@ const BUCKETS: [&str; 25] = [
 ];
 
 /// What dashboards and rules are written against: name and type.
-const METRICS: [(&str, &str); 24] = [
+const METRICS: [(&str, &str); 27] = [
     ("build_info", "gauge"),
     ("calls_shed_total", "counter"),
+    ("connection_failures_total", "counter"),
+    ("connections", "gauge"),
     ("degraded_writes_carried_total", "counter"),
     ("degraded_writes_discarded_total", "counter"),
     ("degraded_writes_merged_total", "counter"),
@@ -73,6 +84,7 @@ const METRICS: [(&str, &str); 24] = [
     ("redis_duration_seconds", "histogram"),
     ("redis_may_evict", "gauge"),
     ("redis_retries_total", "counter"),
+    ("reload_failures_total", "counter"),
     ("storage_duration_seconds", "histogram"),
     ("storage_fallback_total", "counter"),
     ("storage_health", "gauge"),
@@ -102,10 +114,19 @@ fn assert_all_zero(scrape: &Scrape) {
     for command in COMMANDS {
         assert_histogram(scrape, "redis_duration_seconds", "command", command);
     }
-    for limit in ["max-concurrent-calls", "max-scans"] {
+    for limit in ["max-concurrent-calls", "max-inflight-bytes", "max-scans"] {
         zero(&format!(r#"calls_shed_total{{limit="{limit}"}}"#));
     }
+    for reason in ["max-connections", "handshake", "timeout"] {
+        zero(&format!(
+            r#"connection_failures_total{{reason="{reason}"}}"#
+        ));
+    }
+    for file in FILES {
+        zero(&format!(r#"reload_failures_total{{file="{file}"}}"#));
+    }
     for series in [
+        "connections",
         "storage_operations_in_flight",
         "storage_recovery_total",
         "groups_restored_total",

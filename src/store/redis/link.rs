@@ -35,6 +35,8 @@ use crate::{
 /// A pool of connections. In a cluster each of them leads to every primary. They
 /// are closed when this is dropped.
 pub struct Link {
+    /// The primary that sentinels have named; None without sentinels.
+    server: Option<Server>,
     pool: Pool,
     known: Arc<Known>,
     /// Tells each client to let go of its connection.
@@ -88,6 +90,7 @@ impl Link {
 
     /// Starts to connect, in the background and for as long as it takes.
     pub fn open(
+        server: Option<Server>,
         config: Config,
         pool_size: usize,
         timeout: Duration,
@@ -138,11 +141,17 @@ impl Link {
             renewals.push(renewal);
         }
         Ok(Self {
+            server,
             pool,
             known,
             renewals,
             _tasks: tasks,
         })
+    }
+
+    /// The primary that sentinels have named; None without sentinels.
+    pub fn server(&self) -> Option<&Server> {
+        self.server.as_ref()
     }
 
     /// Whether every connection of the pool is there.

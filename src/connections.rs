@@ -1,0 +1,435 @@
+//! The connections of gRPC clients, from accept to close: how many there may be, how
+//! long they may take to begin, how old they may get.
+//!
+//! A connection begins with a TLS handshake, if TLS is on, and the preface of
+//! HTTP/2. Until then it costs little, may take [`BEGIN_TIMEOUT`], and gives way to newer
+//! ones when there are [`MAX_BEGINNING`]: who opens connections and sends nothing
+//! keeps nobody out.
+//!
+//! tonic's own server would serve as well, but for this: it knows one age for all connections,
+//! so that clients that came together would come back together; it has no bound on
+//! handshakes or on connections; and it spins when there are no file descriptors left.
+
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    io::{self, IoSlice},
+    net::SocketAddr,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use http::{Request, Response};
+use http_body::Body;
+use hyper::{body::Incoming, server::conn::http2};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use rustix::process::{Resource, getrlimit, setrlimit};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::AbortHandle,
+};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tower::{Service, ServiceExt};
+
+use crate::{
+    grpc::call::Peer,
+    telemetry::{self, ConnectionFailure, seldom},
+    tls::{self, ServerTls},
+};
+
+/// What connections may be.
+#[derive(Clone, Copy, Debug)]
+pub struct ConnectionLimits {
+    /// More are closed at once.
+    pub max_connections: usize,
+    /// After about this time a client is asked to open another one. Calls in
+    /// flight go on.
+    pub max_age: Duration,
+    /// Calls at once on one connection.
+    pub max_streams: u32,
+}
+
+/// What all connections share.
+struct Shared<S> {
+    service: S,
+    http2: http2::Builder<TokioExecutor>,
+    max_age: Duration,
+    open: TaskTracker,
+    /// Connections are to end when their calls have.
+    closing: CancellationToken,
+}
+
+/// Why a connection did not begin.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("{}", tls::handshake_failure(.0))]
+    Tls(io::Error),
+    #[error("{0}")]
+    NotHttp2(&'static str),
+    #[error("nothing useful came within {BEGIN_TIMEOUT:?}")]
+    Timeout,
+    /// As load balancers do, to see whether somebody listens.
+    #[error("closed before it began")]
+    Closed,
+}
+
+/// A connection whose first bytes have been read already.
+struct Begun<IO> {
+    /// The preface, as long as it has not been read again.
+    preface: &'static [u8],
+    io: IO,
+}
+
+/// The time that a connection may take to begin.
+const BEGIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Connections that may be beginning at once. TLS takes some 20 KiB of each.
+const MAX_BEGINNING: usize = 1_024;
+
+/// What a connection of HTTP/2 begins with.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// What HTTP/1 begins with.
+const METHODS: [&[u8]; 6] = [b"GET", b"POS", b"PUT", b"HEA", b"DEL", b"OPT"];
+
+/// A record of TLS begins with its type; 22 is a handshake.
+const TLS_HANDSHAKE: u8 = 22;
+
+/// Ages differ by this much, so that clients that came together do not come back
+/// together.
+const AGE_JITTER: f64 = 0.1;
+
+/// A connection on which nothing is heard is asked for a sign of life this often.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(60);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The pause when there is no file descriptor or no memory for another connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Files that are open for other things than connections of clients: connections
+/// to Redis and of the HTTP port.
+const OTHER_FILES: u64 = 512;
+
+/// How many connections there may be: as the setting says, if the process may
+/// open as many files. What it may open by itself is raised to what it is allowed.
+pub fn within_open_files(max_connections: usize) -> usize {
+    let mut files = getrlimit(Resource::Nofile);
+    files.current = files.maximum;
+    if setrlimit(Resource::Nofile, files).is_err() {
+        files = getrlimit(Resource::Nofile);
+    }
+    let Some(open_files) = files.current else {
+        return max_connections;
+    };
+    // Half of very few.
+    let most = open_files.saturating_sub(OTHER_FILES).max(open_files / 2);
+    let most = usize::try_from(most).unwrap_or(usize::MAX);
+    if most < max_connections {
+        tracing::warn!(
+            max_connections,
+            open_files,
+            most,
+            "the process may not open as many files as there may be connections"
+        );
+    }
+    max_connections.min(most)
+}
+
+/// Serves the connections that come to `listener` until `stop`, and waits until
+/// the last call on them is over.
+pub async fn serve<S, B>(
+    listener: TcpListener,
+    mut tls: Option<ServerTls>,
+    limits: ConnectionLimits,
+    service: S,
+    stop: impl Future<Output = ()>,
+) where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send,
+    B: Body + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let shared = Arc::new(Shared {
+        service,
+        http2: http2(limits.max_streams),
+        max_age: limits.max_age,
+        open: TaskTracker::new(),
+        closing: CancellationToken::new(),
+    });
+    let slots = Arc::new(Semaphore::new(limits.max_connections));
+    let mut beginning = VecDeque::new();
+    let mut stop = pin!(stop);
+    loop {
+        let accepted = tokio::select! {
+            () = &mut stop => break,
+            () = renew(&mut tls) => continue,
+            accepted = listener.accept() => accepted,
+        };
+        let (tcp, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                pause_after(&error).await;
+                continue;
+            }
+        };
+        let Ok(slot) = slots.clone().try_acquire_owned() else {
+            telemetry::connection_failed(ConnectionFailure::MaxConnections);
+            let most = limits.max_connections;
+            seldom!(warn, %peer, most, "a connection was closed, being over --max-connections");
+            continue;
+        };
+        let acceptor = tls.as_ref().map(ServerTls::acceptor);
+        let begin = shared.clone().begin(tcp, peer, acceptor, slot);
+        make_way(&mut beginning, tokio::spawn(begin).abort_handle());
+    }
+    // From here on nobody can connect.
+    drop(listener);
+    for begin in beginning {
+        begin.abort();
+    }
+    shared.closing.cancel();
+    shared.open.close();
+    shared.open.wait().await;
+}
+
+fn http2(max_streams: u32) -> http2::Builder<TokioExecutor> {
+    let mut http2 = http2::Builder::new(TokioExecutor::new());
+    http2
+        .timer(TokioTimer::new())
+        .keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .max_concurrent_streams(max_streams);
+    http2
+}
+
+async fn renew(tls: &mut Option<ServerTls>) {
+    match tls {
+        Some(tls) => tls.renew().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Adds a connection to those that are beginning; the oldest of too many is given
+/// up.
+fn make_way(beginning: &mut VecDeque<AbortHandle>, newest: AbortHandle) {
+    if beginning.len() >= MAX_BEGINNING {
+        beginning.retain(|begin| !begin.is_finished());
+    }
+    if beginning.len() >= MAX_BEGINNING
+        && let Some(oldest) = beginning.pop_front()
+    {
+        oldest.abort();
+        telemetry::connection_failed(ConnectionFailure::Timeout);
+        seldom!(
+            warn,
+            most = MAX_BEGINNING,
+            "too many connections that do not begin: the oldest was closed"
+        );
+    }
+    beginning.push_back(newest);
+}
+
+/// After an error that is not one of the connection alone, to accept again at once
+/// would be in vain.
+async fn pause_after(error: &io::Error) {
+    use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted};
+    if !matches!(
+        error.kind(),
+        ConnectionAborted | ConnectionReset | Interrupted
+    ) {
+        seldom!(warn, %error, "no connection can be accepted");
+        tokio::time::sleep(ACCEPT_PAUSE).await;
+    }
+}
+
+// === impl Shared ===
+
+impl<S, B> Shared<S>
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send,
+    B: Body + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    async fn begin(
+        self: Arc<Self>,
+        tcp: TcpStream,
+        peer: SocketAddr,
+        acceptor: Option<TlsAcceptor>,
+        slot: OwnedSemaphorePermit,
+    ) {
+        // Small replies must not wait for more of them.
+        let _ = tcp.set_nodelay(true);
+        let begun = async {
+            match acceptor {
+                Some(acceptor) => {
+                    // A client that has sent nothing at all is no failed handshake.
+                    if !matches!(tcp.peek(&mut [0]).await, Ok(1..)) {
+                        return Err(Failure::Closed);
+                    }
+                    let io = acceptor.accept(tcp).await.map_err(Failure::Tls)?;
+                    let begun = Begun::new(io).await?;
+                    self.open.spawn(self.clone().serve(begun, peer, slot));
+                }
+                None => {
+                    let begun = Begun::new(tcp).await?;
+                    self.open.spawn(self.clone().serve(begun, peer, slot));
+                }
+            }
+            Ok(())
+        };
+        let begun = tokio::time::timeout(BEGIN_TIMEOUT, begun).await;
+        match begun.unwrap_or(Err(Failure::Timeout)) {
+            Ok(()) => {}
+            Err(Failure::Closed) => tracing::debug!(%peer, "a connection was closed unused"),
+            Err(failure) => {
+                telemetry::connection_failed(match failure {
+                    Failure::Timeout => ConnectionFailure::Timeout,
+                    _ => ConnectionFailure::Handshake,
+                });
+                seldom!(warn, %peer, reason = %failure, "a connection was refused");
+            }
+        }
+    }
+
+    async fn serve<IO>(
+        self: Arc<Self>,
+        io: Begun<IO>,
+        peer: SocketAddr,
+        _slot: OwnedSemaphorePermit,
+    ) where
+        IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let _open = telemetry::connection_opens();
+        let service = self.service.clone();
+        let service = service.map_request(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(Peer(peer));
+            request
+        });
+        let io = TokioIo::new(io);
+        let connection = self
+            .http2
+            .serve_connection(io, TowerToHyperService::new(service));
+        let mut connection = pin!(connection);
+        let ended = tokio::select! {
+            result = &mut connection => Some(result),
+            () = tokio::time::sleep(self.max_age.mul_f64(jitter())) => None,
+            () = self.closing.cancelled() => None,
+        };
+        let result = match ended {
+            Some(result) => result,
+            None => {
+                // No more calls are taken; those that there are end in their own time.
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        if let Err(error) = result {
+            tracing::debug!(%peer, %error, "a connection failed");
+        }
+    }
+}
+
+fn jitter() -> f64 {
+    rand::random_range(1.0 - AGE_JITTER..1.0 + AGE_JITTER)
+}
+
+// === impl Begun ===
+
+impl<IO: AsyncRead + Unpin> Begun<IO> {
+    /// Waits for the preface.
+    async fn new(mut io: IO) -> Result<Self, Failure> {
+        let mut read = [0; PREFACE.len()];
+        let mut bytes = 0;
+        while bytes < PREFACE.len() {
+            match io.read(&mut read[bytes..]).await {
+                Ok(0) | Err(_) => return Err(Failure::Closed),
+                Ok(more) => bytes += more,
+            }
+            if !PREFACE.starts_with(&read[..bytes]) {
+                return Err(Failure::NotHttp2(spoken(&read[..bytes])));
+            }
+        }
+        Ok(Self {
+            preface: PREFACE,
+            io,
+        })
+    }
+}
+
+/// What the first bytes of a client that does not speak HTTP/2 look like.
+fn spoken(begin: &[u8]) -> &'static str {
+    if begin[0] == TLS_HANDSHAKE {
+        "the client speaks TLS, and this port does not: --tls-cert is not set"
+    } else if METHODS.iter().any(|method| begin.starts_with(method)) {
+        "the client speaks HTTP/1, and gRPC needs HTTP/2"
+    } else {
+        "the client does not speak HTTP/2"
+    }
+}
+
+impl<IO: AsyncRead + Unpin> AsyncRead for Begun<IO> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.preface.is_empty() {
+            return Pin::new(&mut self.io).poll_read(cx, buffer);
+        }
+        let (now, later) = self
+            .preface
+            .split_at(self.preface.len().min(buffer.remaining()));
+        buffer.put_slice(now);
+        self.preface = later;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<IO: AsyncWrite + Unpin> AsyncWrite for Begun<IO> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,233 @@
+//! Takes in the whole body of a request before anybody works on it: how large it may
+//! be, how long it may take to come, and how much memory all of them may take
+//! together.
+//!
+//! The decoder of tonic makes room for a message as soon as it has read its
+//! length: five bytes would cost as much as the largest request. Here a request takes the
+//! room of what has come.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::{Buf, Bytes, BytesMut};
+use http_body::Body as HttpBody;
+use http_body_util::{BodyExt, Full};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
+use tonic::body::Body;
+
+use super::status::CallError;
+use crate::telemetry::{self, Limit};
+
+/// Where requests come in.
+pub struct Inbox {
+    /// A permit for each byte.
+    room: Arc<Semaphore>,
+    max_inflight_bytes: usize,
+    max_request_bytes: usize,
+}
+
+/// The bytes of a request that count as in flight, as long as this is held.
+#[derive(Default)]
+pub struct Room(Option<OwnedSemaphorePermit>);
+
+/// A request that has not come within this is given up: it holds one of the calls
+/// that may be worked on at once.
+const BODY_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// What gRPC puts before a message: a flag, and the length in four bytes.
+const PREFIX_BYTES: usize = 5;
+
+/// More than a request to `grpc.health.v1` has to say.
+const MAX_HEALTH_REQUEST_BYTES: usize = 1_024;
+
+// === impl Inbox ===
+
+impl Inbox {
+    pub fn new(max_inflight_bytes: usize, max_request_bytes: usize) -> Self {
+        Self {
+            room: Arc::new(Semaphore::new(max_inflight_bytes)),
+            max_inflight_bytes,
+            max_request_bytes,
+        }
+    }
+
+    /// The request of a call of ours.
+    pub async fn receive<B>(&self, body: B) -> Result<(Body, Room), CallError>
+    where
+        B: HttpBody<Data = Bytes> + Unpin,
+    {
+        let mut room = Room::default();
+        let body = collect(body, self.max_request_bytes, |bytes| {
+            self.make_room(&mut room, bytes)
+        })
+        .await?;
+        Ok((body, room))
+    }
+
+    /// The request of a health call, which is never shed.
+    pub async fn receive_health<B>(&self, body: B) -> Result<Body, CallError>
+    where
+        B: HttpBody<Data = Bytes> + Unpin,
+    {
+        collect(body, MAX_HEALTH_REQUEST_BYTES, |_| Ok(())).await
+    }
+
+    fn make_room(&self, room: &mut Room, bytes: usize) -> Result<(), CallError> {
+        // A frame of HTTP/2 has less than 2^24 bytes.
+        let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let Ok(more) = self.room.clone().try_acquire_many_owned(permits) else {
+            telemetry::call_shed(Limit::MaxInflightBytes);
+            return Err(CallError::overloaded(
+                Limit::MaxInflightBytes,
+                self.max_inflight_bytes,
+            ));
+        };
+        match &mut room.0 {
+            None => room.0 = Some(more),
+            Some(held) => held.merge(more),
+        }
+        Ok(())
+    }
+}
+
+/// Puts a body together from its frames; `take` is asked before each is kept.
+async fn collect<B>(
+    mut body: B,
+    max_message_bytes: usize,
+    mut take: impl FnMut(usize) -> Result<(), CallError>,
+) -> Result<Body, CallError>
+where
+    B: HttpBody<Data = Bytes> + Unpin,
+{
+    let deadline = Instant::now() + BODY_TIMEOUT;
+    // Nearly every request comes in one frame, which is not copied.
+    let mut first = Bytes::new();
+    let mut all = BytesMut::new();
+    while !body.is_end_stream() {
+        let frame = tokio::time::timeout_at(deadline, body.frame())
+            .await
+            .map_err(|_| CallError::request_too_slow(BODY_TIMEOUT))?;
+        let Some(frame) = frame else { break };
+        let frame = frame.map_err(|_| CallError::request_broken_off())?;
+        let Ok(data) = frame.into_data() else {
+            continue;
+        };
+        take(data.len())?;
+        if first.is_empty() && all.is_empty() {
+            first = data;
+        } else {
+            // A frame may be of one byte and keep a buffer alive.
+            all.extend_from_slice(&std::mem::take(&mut first));
+            all.extend_from_slice(&data);
+        }
+        let so_far = if all.is_empty() { &first[..] } else { &all[..] };
+        let declared = declared_bytes(so_far).unwrap_or(0);
+        let bytes = declared.max(so_far.len().saturating_sub(PREFIX_BYTES));
+        if bytes > max_message_bytes {
+            return Err(CallError::message_too_large(&format!(
+                "it has {bytes} bytes"
+            )));
+        }
+    }
+    let whole = if all.is_empty() { first } else { all.freeze() };
+    Ok(Body::new(Full::new(whole)))
+}
+
+/// The length of the message that a body begins with.
+fn declared_bytes(body: &[u8]) -> Option<usize> {
+    let mut length = body.get(1..PREFIX_BYTES)?;
+    usize::try_from(length.get_u32()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::stream;
+    use http_body::Frame;
+    use http_body_util::StreamBody;
+    use tonic::Code;
+
+    use super::*;
+
+    /// A body that comes in these pieces, and then ends or never does.
+    fn body(pieces: Vec<Vec<u8>>, ends: bool) -> impl HttpBody<Data = Bytes> + Unpin {
+        use futures::StreamExt;
+        let frames = pieces
+            .into_iter()
+            .map(|piece| Ok::<_, std::convert::Infallible>(Frame::data(Bytes::from(piece))));
+        let pieces = stream::iter(frames);
+        StreamBody::new(if ends {
+            pieces.boxed()
+        } else {
+            pieces.chain(stream::pending()).boxed()
+        })
+    }
+
+    fn message(bytes: usize) -> Vec<u8> {
+        let mut message = vec![0];
+        message.extend((bytes as u32).to_be_bytes());
+        message.extend(vec![7; bytes]);
+        message
+    }
+
+    fn inbox() -> Inbox {
+        Inbox::new(100, 50)
+    }
+
+    async fn refused(inbox: &Inbox, pieces: Vec<Vec<u8>>, ends: bool) -> CallError {
+        let received = inbox.receive(body(pieces, ends)).await;
+        received.map(|_| ()).unwrap_err()
+    }
+
+    #[tokio::test]
+    async fn a_body_is_put_together_from_its_pieces() {
+        let whole = message(50);
+        for size in [1, 3, 5, 54, 55] {
+            let inbox = inbox();
+            let pieces = whole.chunks(size).map(<[u8]>::to_vec).collect();
+            let (received, room) = inbox.receive(body(pieces, true)).await.unwrap();
+            let received = received.collect().await.unwrap().to_bytes();
+            assert_eq!(received, whole);
+            assert_eq!(inbox.room.available_permits(), 45);
+            drop(room);
+            assert_eq!(inbox.room.available_permits(), 100);
+        }
+    }
+
+    #[tokio::test]
+    async fn over_the_size_it_is_refused_as_soon_as_that_shows() {
+        let inbox = inbox();
+        let announced = message(51)[..PREFIX_BYTES].to_vec();
+        for pieces in [vec![announced], vec![message(1), vec![0; 50]]] {
+            let error = refused(&inbox, pieces, false).await;
+            assert_eq!(error.code, Code::ResourceExhausted);
+            assert_eq!(inbox.room.available_permits(), 100);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_in_flight_leaves_less_room_for_others() {
+        let inbox = inbox();
+        let (_, held) = inbox.receive(body(vec![message(50)], true)).await.unwrap();
+        let pieces = message(50).chunks(10).map(<[u8]>::to_vec).collect();
+        let error = refused(&inbox, pieces, true).await;
+        assert_eq!(error.code, Code::ResourceExhausted);
+        // A small one still comes through, and a health call always does.
+        let small = inbox.receive(body(vec![message(40)], true)).await.unwrap();
+        let health = inbox.receive_health(body(vec![message(40)], true)).await;
+        assert!(health.is_ok());
+        drop((held, small));
+        assert!(inbox.receive(body(vec![message(50)], true)).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_drips_is_given_up() {
+        let begin = Instant::now();
+        let inbox = inbox();
+        let error = refused(&inbox, vec![message(9)[..7].to_vec()], false).await;
+        assert_eq!(error.code, Code::DeadlineExceeded);
+        assert_eq!(begin.elapsed(), BODY_TIMEOUT);
+        assert_eq!(inbox.room.available_permits(), 100);
+    }
+}

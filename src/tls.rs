@@ -1,0 +1,210 @@
+//! Certificates and CAs as they are read from files; of the gRPC port also the
+//! configuration that is made of them, and what a failed handshake means.
+
+use std::{io, sync::Arc};
+
+use tokio_rustls::{
+    TlsAcceptor,
+    rustls::{
+        self, CertificateError, RootCertStore, ServerConfig,
+        crypto::{CryptoProvider, ring},
+        pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+        server::WebPkiClientVerifier,
+        sign::{CertifiedKey, SingleCertAndKey},
+    },
+};
+use x509_cert::{Certificate, der::Decode};
+
+use crate::{
+    reload::Watched,
+    telemetry::{self, FileSetting},
+};
+
+/// A certificate with its chain, and its key.
+pub struct Identity {
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+    /// When the first certificate of the chain expires, in seconds of the Unix epoch.
+    pub expires: i64,
+}
+
+/// The CAs that are trusted.
+pub struct Authorities {
+    pub roots: Arc<RootCertStore>,
+    /// When the last of them expires, in seconds of the Unix epoch: a file may hold
+    /// old ones beside new ones.
+    pub expires: i64,
+}
+
+/// How the server speaks TLS now.
+pub struct ServerTls {
+    identity: Watched<Identity>,
+    /// None: clients need no certificate.
+    client_ca: Option<Watched<Authorities>>,
+    config: Arc<ServerConfig>,
+}
+
+/// The protocol of gRPC, as it is agreed on in a handshake.
+const ALPN: &[u8] = b"h2";
+
+// === impl Identity ===
+
+impl Identity {
+    /// Reads the contents of two PEM files, the certificate and the key. The error
+    /// does not repeat what was read.
+    pub fn parse(contents: &[Vec<u8>]) -> Result<Self, String> {
+        let [certificate, key] = contents else {
+            return Err("a certificate and a key are needed".into());
+        };
+        let chain = certificates(certificate)?;
+        let key = PrivateKeyDer::from_pem_slice(key)
+            .map_err(|_| "the key file holds no private key in PEM")?;
+        let expires = chain.iter().map(expires).min();
+        let identity = Self {
+            chain,
+            key,
+            expires: expires.unwrap_or(Err("no certificate".into()))?,
+        };
+        identity.certified(&ring::default_provider())?;
+        Ok(identity)
+    }
+
+    /// As rustls takes it.
+    pub fn certified(&self, provider: &CryptoProvider) -> Result<CertifiedKey, String> {
+        let key = self.key.clone_key();
+        CertifiedKey::from_der(self.chain.clone(), key, provider).map_err(|error| match error {
+            rustls::Error::InconsistentKeys(_) => "the key is not that of the certificate".into(),
+            error => error.to_string(),
+        })
+    }
+}
+
+// === impl Authorities ===
+
+impl Authorities {
+    /// Reads the content of one PEM file.
+    pub fn parse(contents: &[Vec<u8>]) -> Result<Self, String> {
+        let certificates = certificates(&contents.concat())?;
+        let expires = certificates.iter().map(expires).max();
+        let mut roots = RootCertStore::empty();
+        for certificate in certificates {
+            roots.add(certificate).map_err(|error| error.to_string())?;
+        }
+        Ok(Self {
+            roots: Arc::new(roots),
+            expires: expires.unwrap_or(Err("no certificate".into()))?,
+        })
+    }
+}
+
+/// All certificates of a PEM file, at least one.
+fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+    let certificates: Vec<_> = CertificateDer::pem_slice_iter(pem)
+        .collect::<Result<_, _>>()
+        .map_err(|_| "is not well-formed PEM")?;
+    if certificates.is_empty() {
+        return Err("holds no certificate in PEM".into());
+    }
+    Ok(certificates)
+}
+
+fn expires(certificate: &CertificateDer<'_>) -> Result<i64, String> {
+    let parsed = Certificate::from_der(certificate)
+        .map_err(|_| "holds a certificate that cannot be read".to_owned())?;
+    let end = parsed.tbs_certificate().validity().not_after;
+    i64::try_from(end.to_unix_duration().as_secs()).map_err(|error| error.to_string())
+}
+
+// === impl ServerTls ===
+
+impl ServerTls {
+    pub fn new(
+        identity: Watched<Identity>,
+        client_ca: Option<Watched<Authorities>>,
+    ) -> Result<Self, String> {
+        let config = config(&identity, client_ca.as_ref())?;
+        Ok(Self {
+            identity,
+            client_ca,
+            config,
+        })
+    }
+
+    /// For handshakes that begin now.
+    pub fn acceptor(&self) -> TlsAcceptor {
+        self.config.clone().into()
+    }
+
+    /// Waits until certificates have changed, and takes them. Connections that
+    /// there are stay.
+    pub async fn renew(&mut self) {
+        let client_ca = async {
+            match &mut self.client_ca {
+                Some(client_ca) => drop(client_ca.changed().await),
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            _ = self.identity.changed() => {}
+            () = client_ca => {}
+        }
+        match config(&self.identity, self.client_ca.as_ref()) {
+            // With a new store of sessions: who was trusted before has to show it anew.
+            Ok(config) => self.config = config,
+            // Each was found good when it was read.
+            Err(error) => tracing::error!(error, "new certificates cannot be used"),
+        }
+    }
+}
+
+/// What is current as a configuration; shows when it expires.
+fn config(
+    identity: &Watched<Identity>,
+    client_ca: Option<&Watched<Authorities>>,
+) -> Result<Arc<ServerConfig>, String> {
+    let provider = Arc::new(ring::default_provider());
+    let identity = identity.current();
+    let certified = identity.certified(&provider)?;
+    telemetry::certificate_expires(FileSetting::TlsCert, identity.expires);
+    let config = ServerConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(|error| error.to_string())?;
+    let config = match client_ca {
+        None => config.with_no_client_auth(),
+        Some(client_ca) => {
+            let client_ca = client_ca.current();
+            telemetry::certificate_expires(FileSetting::TlsClientCa, client_ca.expires);
+            let verifier =
+                WebPkiClientVerifier::builder_with_provider(client_ca.roots.clone(), provider)
+                    .build()
+                    .map_err(|error| error.to_string())?;
+            config.with_client_cert_verifier(verifier)
+        }
+    };
+    let mut config = config.with_cert_resolver(Arc::new(SingleCertAndKey::from(certified)));
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    Ok(Arc::new(config))
+}
+
+/// What a failed handshake means, for who reads the log.
+pub fn handshake_failure(error: &io::Error) -> String {
+    use CertificateError::{Expired, ExpiredContext, UnknownIssuer};
+    use rustls::Error::{
+        AlertReceived, InvalidCertificate, InvalidMessage, NoCertificatesPresented,
+    };
+
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
+    let meaning = match inner {
+        Some(InvalidMessage(_)) => "the client does not speak TLS",
+        Some(NoCertificatesPresented) => "the client shows no certificate, as --tls-client-ca asks",
+        Some(InvalidCertificate(UnknownIssuer)) => {
+            "the client's certificate is not of a CA of --tls-client-ca"
+        }
+        Some(InvalidCertificate(Expired | ExpiredContext { .. })) => {
+            "the client's certificate has expired"
+        }
+        Some(AlertReceived(_)) => "the client does not accept the certificate of this server",
+        _ => return error.to_string(),
+    };
+    format!("{meaning}: {error}")
+}
