@@ -3,6 +3,7 @@
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use tempfile::TempDir;
@@ -12,7 +13,8 @@ use crate::{
         certificates::{Ca, Issued, Valid},
         free_address,
         redis_cluster::RedisCluster,
-        redis_server::{RedisServer, url},
+        redis_sentinel::Sentinel,
+        redis_server::{RedisServer, login, url},
         service::Service,
     },
     says_why_not, works_on_redis,
@@ -156,6 +158,24 @@ async fn every_server_of_a_cluster_is_reached_by_tls() {
     let settings = authority.server_settings(&authority.ca.issue(Valid::Now));
     let cluster = RedisCluster::start_with_tls(&settings).await;
     let url = cluster.tls_url().await;
+    let service = Service::start(&["--redis-url", &url, "--redis-ca", &authority.ca()]);
+    works_on_redis(&service).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sentinel_and_its_primary_are_reached_by_tls() {
+    let authority = Authority::new("ours");
+    let issued = authority.ca.issue(Valid::Now);
+    let (_redis, addr) = tls_server(&authority, &issued, false).await;
+    let settings = authority.server_settings(&issued);
+    let mut lines: String = settings
+        .chunks(2)
+        .map(|setting| format!("{} {}\n", setting[0].trim_start_matches("--"), setting[1]))
+        .collect();
+    lines.push_str("tls-auth-clients no\ntls-replication yes\n");
+    let sentinel = Sentinel::start_with(addr, Duration::from_secs(30), &lines);
+    let [user, password] = login();
+    let url = format!("rediss-sentinel://{user}:{password}@{}", sentinel.asked());
     let service = Service::start(&["--redis-url", &url, "--redis-ca", &authority.ca()]);
     works_on_redis(&service).await;
 }
