@@ -5,13 +5,14 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use bytesize::ByteSize;
 use clap::Parser;
 use http::{Uri, uri::Scheme};
+use tokio::task::JoinSet;
 
 use crate::{
     auth::Tokens,
     grpc::validation::MIN_TTL,
-    reload::{Opened, Watched},
+    reload::{Opened, Watched, Watcher},
     store::{
-        redis::{self, ClientTls, RedisSettings, Trust},
+        redis::{RedisFiles, RedisSettings},
         switch::OnRecovery,
     },
     telemetry::FileSetting,
@@ -285,6 +286,13 @@ pub struct Settings {
     pub otlp_sample_ratio: f64,
 }
 
+/// Keep up to date what [`RedisSettings`] have from files.
+pub struct RedisWatchers {
+    password: Option<Watcher<String>>,
+    authorities: Option<Watcher<Authorities>>,
+    identity: Option<Watcher<Identity>>,
+}
+
 /// See `--log-level`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogLevel {
@@ -420,54 +428,85 @@ impl Settings {
         }
     }
 
-    /// How to reach Redis; None without `--redis-url`. Reads the files.
-    pub fn redis(&self) -> Result<Option<RedisSettings>, String> {
+    /// How to reach Redis, and what keeps that up to date; None without
+    /// `--redis-url`.
+    pub fn redis(&self) -> Result<Option<(RedisSettings, RedisWatchers)>, String> {
         // Compose files leave a variable empty where they mean "not set".
         let Some(url) = self.redis_url.as_ref().filter(|url| !url.is_empty()) else {
             return Ok(None);
         };
+        let (password, password_watcher) = self.redis_password()?.unzip();
+        let (authorities, authorities_watcher) = self.redis_authorities()?.unzip();
+        let (identity, identity_watcher) = self.redis_identity()?.unzip();
+        let files = RedisFiles {
+            password,
+            authorities,
+            identity,
+        };
         let pool_size = usize::from(self.redis_pool_size);
-        let tls = self.redis_tls()?;
-        let mut redis = RedisSettings::new(url, tls, pool_size, self.redis_timeout)
+        let mut redis = RedisSettings::new(url, files, pool_size, self.redis_timeout)
             .map_err(|error| format!("--redis-url: {error}"))?;
         if let Some(username) = &self.redis_username {
             redis.set_username(username.clone());
         }
-        if let Some(file) = &self.redis_password_file {
-            let password = std::fs::read_to_string(file)
-                .map_err(|error| format!("--redis-password-file {}: {error}", file.display()))?;
-            let password = password.trim_end_matches(['\r', '\n']);
-            if password.is_empty() {
-                return Err(format!(
-                    "--redis-password-file {}: is empty",
-                    file.display()
-                ));
-            }
-            redis.set_password(password.to_owned());
-        }
-        Ok(Some(redis))
+        let watchers = RedisWatchers {
+            password: password_watcher,
+            authorities: authorities_watcher,
+            identity: identity_watcher,
+        };
+        Ok(Some((redis, watchers)))
     }
 
-    fn redis_tls(&self) -> Result<ClientTls, String> {
-        let read = |setting: &str, file: &PathBuf| {
-            let content = std::fs::read(file);
-            content.map_err(|error| format!("{setting} {}: {error}", file.display()))
+    fn redis_password(&self) -> Opened<String> {
+        let Some(file) = &self.redis_password_file else {
+            return Ok(None);
         };
-        let mut tls = ClientTls::default();
-        if let Some(file) = &self.redis_ca {
-            let trust = Trust::from_pem(&read("--redis-ca", file)?);
-            let trust = trust.map_err(|error| format!("--redis-ca {}: {error}", file.display()));
-            tls.trust = Some(trust?);
-        }
-        if let (Some(cert), Some(key)) = (&self.redis_cert, &self.redis_key) {
-            let identity =
-                redis::Identity::from_pem(&read("--redis-cert", cert)?, &read("--redis-key", key)?);
-            let identity =
-                identity.map_err(|error| format!("--redis-cert {}: {error}", cert.display()));
-            tls.identity = Some(identity?);
-        }
-        Ok(tls)
+        let files = vec![file.clone()];
+        Watched::open(FileSetting::RedisPasswordFile, files, password).map(Some)
     }
+
+    fn redis_authorities(&self) -> Opened<Authorities> {
+        let Some(file) = &self.redis_ca else {
+            return Ok(None);
+        };
+        let files = vec![file.clone()];
+        Watched::open(FileSetting::RedisCa, files, Authorities::parse).map(Some)
+    }
+
+    fn redis_identity(&self) -> Opened<Identity> {
+        let (Some(certificate), Some(key)) = (&self.redis_cert, &self.redis_key) else {
+            return Ok(None);
+        };
+        let files = vec![certificate.clone(), key.clone()];
+        Watched::open(FileSetting::RedisCert, files, Identity::parse).map(Some)
+    }
+}
+
+// === impl RedisWatchers ===
+
+impl RedisWatchers {
+    /// Looks at the files every `interval`.
+    pub fn spawn_on(self, tasks: &mut JoinSet<()>, interval: Duration) {
+        if let Some(password) = self.password {
+            tasks.spawn(password.watch_forever(interval));
+        }
+        if let Some(authorities) = self.authorities {
+            tasks.spawn(authorities.watch_forever(interval));
+        }
+        if let Some(identity) = self.identity {
+            tasks.spawn(identity.watch_forever(interval));
+        }
+    }
+}
+
+/// A line break at the end is not part of the password.
+fn password(contents: &[Vec<u8>]) -> Result<String, String> {
+    let password = String::from_utf8(contents.concat()).map_err(|_| "is not UTF-8")?;
+    let password = password.trim_end_matches(['\r', '\n']);
+    if password.is_empty() {
+        return Err("is empty".into());
+    }
+    Ok(password.to_owned())
 }
 
 /// clap explains an error in several lines; the first says what is wrong.
@@ -669,7 +708,7 @@ mod tests {
             }
         }
         let settings = read(&["--redis-url", "redis://u:s3cret@host"]).unwrap();
-        let redis = settings.redis().unwrap().unwrap();
+        let (redis, _) = settings.redis().unwrap().unwrap();
         assert!(!format!("{redis:?}").contains("s3cret"));
     }
 

@@ -47,7 +47,7 @@ pub struct Server {
     instance: InstanceId,
     /// Serves HTTP, keeps the metrics in order and watches files, as long as this
     /// value lives.
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
 }
 
 /// How to stop.
@@ -101,7 +101,7 @@ impl Server {
         let instance = InstanceId::random();
         let max_bytes = settings.mirror_max_bytes;
         let max_document_bytes = settings.max_document_bytes;
-        let Some(redis) = settings.redis().map_err(ServerError::Redis)? else {
+        let Some((redis, files)) = settings.redis().map_err(ServerError::Redis)? else {
             tracing::info!(
                 "no --redis-url: groups are kept in memory and do not survive a restart"
             );
@@ -124,7 +124,8 @@ impl Server {
         );
         let store = Documents::new(failover.clone(), max_document_bytes, instance.clone());
         let admin = Admin::of_failover(failover.clone(), &instance);
-        let server = Self::listen(
+        let interval = settings.reload_interval;
+        let mut server = Self::listen(
             settings,
             Arc::new(store),
             Some(failover.clone()),
@@ -132,6 +133,7 @@ impl Server {
             instance,
         )
         .await?;
+        files.spawn_on(&mut server.tasks, interval);
         failover.started(Instant::now() + REDIS_START_BOUND).await;
         Ok(server)
     }
@@ -182,7 +184,7 @@ impl Server {
             tokens,
             tls,
             instance,
-            _tasks: tasks,
+            tasks,
         })
     }
 

@@ -1,4 +1,4 @@
-//! TLS of the gRPC port: certificates and CAs as they are read from files, the
+//! Certificates and CAs as they are read from files; of the gRPC port also the
 //! configuration that is made of them, and what a failed handshake means.
 
 use std::{io, sync::Arc};
@@ -69,7 +69,8 @@ impl Identity {
         Ok(identity)
     }
 
-    fn certified(&self, provider: &CryptoProvider) -> Result<CertifiedKey, String> {
+    /// As rustls takes it.
+    pub fn certified(&self, provider: &CryptoProvider) -> Result<CertifiedKey, String> {
         let key = self.key.clone_key();
         CertifiedKey::from_der(self.chain.clone(), key, provider).map_err(|error| match error {
             rustls::Error::InconsistentKeys(_) => "the key is not that of the certificate".into(),

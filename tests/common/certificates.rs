@@ -6,7 +6,7 @@ use std::{
 };
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
     date_time_ymd,
 };
 
@@ -50,8 +50,19 @@ impl Ca {
     }
 
     pub fn issue(&self, valid: Valid) -> Issued {
+        self.sign(params("groupstate", valid))
+    }
+
+    /// A certificate for another machine, and its key.
+    pub fn issue_for(&self, host: &str) -> Issued {
+        let mut params = params("groupstate", Valid::Now);
+        params.subject_alt_names = vec![SanType::DnsName(host.try_into().unwrap())];
+        self.sign(params)
+    }
+
+    fn sign(&self, params: CertificateParams) -> Issued {
         let key = KeyPair::generate().unwrap();
-        let certificate = params("groupstate", valid).signed_by(&key, &self.issuer);
+        let certificate = params.signed_by(&key, &self.issuer);
         Issued {
             certificate: certificate.unwrap().pem(),
             key: key.serialize_pem(),

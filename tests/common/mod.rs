@@ -3,7 +3,6 @@
 
 #![allow(dead_code, reason = "each test binary uses some of the helpers")]
 
-pub mod authority;
 pub mod certificates;
 pub mod examples;
 pub mod fault_proxy;

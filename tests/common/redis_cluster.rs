@@ -8,7 +8,6 @@ use std::{
 use redis::{FromRedisValue, aio::MultiplexedConnection};
 
 use super::{
-    authority::{Authority, text},
     fault_proxy::FaultProxy,
     free_address,
     redis_server::{self, RedisServer},
@@ -67,24 +66,16 @@ impl RedisCluster {
         (Self::joined(primaries, Vec::new()).await, proxies)
     }
 
-    /// Three primaries that are also reached by TLS, with certificates for their
-    /// address.
-    pub async fn start_with_tls(authority: &Authority) -> Self {
-        let issued = authority.issue("127.0.0.1");
-        let ca = authority.ca();
+    /// Three primaries that are also reached by TLS, with these settings for it.
+    pub async fn start_with_tls(settings: &[String]) -> Self {
         let mut primaries = Vec::new();
         for _ in SLOTS {
             let port = free_address().port().to_string();
-            let settings = [
-                // Else a node tells of its other port alone.
-                ["--tls-cluster", "yes"],
-                ["--tls-port", &port],
-                ["--tls-cert-file", text(&issued.cert)],
-                ["--tls-key-file", text(&issued.key)],
-                ["--tls-ca-cert-file", text(&ca)],
-                ["--tls-auth-clients", "no"],
-            ];
-            primaries.push(start_node(Duration::from_secs(10), settings.as_flattened()).await);
+            let mut all: Vec<&str> = settings.iter().map(String::as_str).collect();
+            all.extend(["--tls-port", &port, "--tls-auth-clients", "no"]);
+            // Else a node tells of its other port alone.
+            all.extend(["--tls-cluster", "yes"]);
+            primaries.push(start_node(Duration::from_secs(10), &all).await);
         }
         Self::joined(primaries, Vec::new()).await
     }

@@ -62,14 +62,20 @@ impl RedisSentinel {
         started
     }
 
-    /// The sentinels as a URL.
+    /// The sentinels as a URL. There and in Redis the service is a user with no more
+    /// rights than it needs.
     pub fn url(&self) -> String {
-        let first = redis_server::url("redis-sentinel", self.sentinels[0].addr);
-        let others = self.sentinels[1..].iter();
+        let [user, password] = redis_server::login();
+        let (first, others) = self.sentinels.split_first().unwrap();
         let others: String = others
+            .iter()
             .map(|sentinel| format!("&node={}", sentinel.addr))
             .collect();
-        format!("{first}?sentinelServiceName={SERVICE}{others}")
+        format!(
+            "redis-sentinel://{user}:{password}@{}{others}\
+             &sentinelUsername={user}&sentinelPassword={password}",
+            first.asked()
+        )
     }
 
     /// Waits until another server than `old` is the primary.
@@ -136,20 +142,33 @@ async fn ask<T: FromRedisValue>(connection: &mut MultiplexedConnection, words: &
 impl Sentinel {
     /// Watches over the Redis at `primary`.
     pub fn start(primary: SocketAddr, down_after: Duration) -> Self {
+        Self::start_with(primary, down_after, "")
+    }
+
+    /// The same with more lines in its file. It speaks only TLS if it has a
+    /// certificate.
+    pub fn start_with(primary: SocketAddr, down_after: Duration, more: &str) -> Self {
         let addr = free_address();
         let folder = TempDir::new().unwrap();
         // Sentinels write into their file what they learn.
         let file = folder.path().join("sentinel.conf");
         let (ip, port) = (primary.ip(), primary.port());
-        let (own_port, millis) = (addr.port(), down_after.as_millis());
+        let own_port = addr.port();
+        let millis = down_after.as_millis();
+        let ports = if more.contains("tls-cert-file") {
+            format!("port 0\ntls-port {own_port}")
+        } else {
+            format!("port {own_port}")
+        };
         let settings = format!(
             "bind 127.0.0.1\n\
-             port {own_port}\n\
+             {ports}\n\
              {ACL}\n\
              sentinel monitor {SERVICE} {ip} {port} {QUORUM}\n\
              sentinel down-after-milliseconds {SERVICE} {millis}\n\
              sentinel failover-timeout {SERVICE} 5000\n\
-             sentinel parallel-syncs {SERVICE} {REPLICAS}\n"
+             sentinel parallel-syncs {SERVICE} {REPLICAS}\n\
+             {more}\n"
         );
         fs::write(&file, settings).unwrap();
         let mut command = Command::new(redis_server::program());
@@ -167,6 +186,11 @@ impl Sentinel {
 
     pub fn process(&self) -> &Process {
         &self.process
+    }
+
+    /// Its address as part of a URL, with what it calls the primary.
+    pub fn asked(&self) -> String {
+        format!("{}?sentinelServiceName={SERVICE}", self.addr)
     }
 
     /// A connection of an independent client.

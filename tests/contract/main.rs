@@ -31,7 +31,7 @@ use groupstate::{
         documents::Documents,
         failover::{Failover, FailoverSettings},
         memory::MemoryStore,
-        redis::{ClientTls, RedisSettings, RedisStore},
+        redis::{RedisFiles, RedisSettings, RedisStore},
         switch::OnRecovery,
     },
     version::InstanceId,
@@ -152,7 +152,7 @@ async fn store_of(url: &str, prefix: &str, timeout: Duration) -> Arc<dyn GroupSt
 }
 
 fn settings(url: &str, timeout: Duration) -> RedisSettings {
-    RedisSettings::new(url, ClientTls::default(), 2, timeout).unwrap()
+    RedisSettings::new(url, RedisFiles::default(), 2, timeout).unwrap()
 }
 
 /// Runs the whole suite against each of some stores.

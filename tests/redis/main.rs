@@ -1,10 +1,11 @@
 //! Any Redis, and as whom: every form of URL, TLS both ways, users and their
-//! rights, and what is never said of a password.
+//! rights, what is never said of a password, and files that change.
 
 #[path = "../common/mod.rs"]
 mod common;
 
 mod login;
+mod rotation;
 mod tls;
 mod urls;
 

@@ -1,98 +1,152 @@
 //! TLS to Redis: who is believed, and who believes us.
 
-use std::net::SocketAddr;
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use tempfile::TempDir;
 
 use crate::{
     common::{
-        authority::{Authority, text},
+        certificates::{Ca, Issued, Valid},
         free_address,
         redis_cluster::RedisCluster,
-        redis_server::{RedisServer, url},
+        redis_sentinel::Sentinel,
+        redis_server::{RedisServer, login, url},
         service::Service,
     },
     says_why_not, works_on_redis,
 };
 
-/// A Redis with a certificate for `name`, and its address for TLS. Clients must
-/// show one of the same authority if `mutual`.
-async fn tls_server(authority: &Authority, name: &str, mutual: bool) -> (RedisServer, SocketAddr) {
+/// A CA, and the files of what it signs.
+pub struct Authority {
+    pub ca: Ca,
+    folder: TempDir,
+}
+
+impl Authority {
+    pub fn new(name: &str) -> Self {
+        let authority = Self {
+            ca: Ca::new(name),
+            folder: TempDir::new().unwrap(),
+        };
+        authority.ca.write(authority.folder.path(), "ca.pem");
+        authority
+    }
+
+    /// Where they lie.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The file of its own certificate.
+    pub fn ca(&self) -> String {
+        shown(self.folder.path().join("ca.pem"))
+    }
+
+    /// The files of a certificate and its key.
+    pub fn files(&self, name: &str, issued: &Issued) -> [String; 2] {
+        let (cert, key) = issued.write(self.folder.path(), name);
+        [shown(cert), shown(key)]
+    }
+
+    /// Settings of a Redis with such a certificate.
+    fn server_settings(&self, issued: &Issued) -> Vec<String> {
+        let [cert, key] = self.files("server", issued);
+        let settings = [
+            ["--tls-cert-file", &cert],
+            ["--tls-key-file", &key],
+            ["--tls-ca-cert-file", &self.ca()],
+        ];
+        settings
+            .as_flattened()
+            .iter()
+            .map(ToString::to_string)
+            .collect()
+    }
+}
+
+fn shown(path: PathBuf) -> String {
+    path.display().to_string()
+}
+
+/// A Redis with a certificate, and its address for TLS. Clients must show one of
+/// the same authority if `mutual`.
+pub async fn tls_server(
+    authority: &Authority,
+    issued: &Issued,
+    mutual: bool,
+) -> (RedisServer, SocketAddr) {
     let addr = free_address();
-    let issued = authority.issue(name);
-    let redis = RedisServer::start_with(&[
-        "--tls-port",
-        &addr.port().to_string(),
-        "--tls-cert-file",
-        text(&issued.cert),
-        "--tls-key-file",
-        text(&issued.key),
-        "--tls-ca-cert-file",
-        text(&authority.ca()),
-        "--tls-auth-clients",
-        if mutual { "yes" } else { "no" },
-    ])
-    .await;
-    (redis, addr)
+    let port = addr.port().to_string();
+    let settings = authority.server_settings(issued);
+    let mut settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+    settings.extend(["--tls-port", &port, "--tls-auth-clients"]);
+    settings.push(if mutual { "yes" } else { "no" });
+    (RedisServer::start_with(&settings).await, addr)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redis_with_a_certificate_of_the_authority_is_used() {
-    let authority = Authority::new();
-    let (_redis, addr) = tls_server(&authority, "127.0.0.1", false).await;
-    let url = url("rediss", addr);
-    let service = Service::start(&["--redis-url", &url, "--redis-ca", text(&authority.ca())]);
-    works_on_redis(&service).await;
+    let authority = Authority::new("ours");
+    let issued = authority.ca.issue(Valid::Now);
+    let (_redis, addr) = tls_server(&authority, &issued, false).await;
+    let settings = [
+        "--redis-url",
+        &url("rediss", addr),
+        "--redis-ca",
+        &authority.ca(),
+    ];
+    works_on_redis(&Service::start(&settings)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redis_that_asks_who_we_are_is_shown_our_certificate() {
-    let authority = Authority::new();
-    let (_redis, addr) = tls_server(&authority, "127.0.0.1", true).await;
-    let (url, ca, ours) = (
-        url("rediss", addr),
-        authority.ca(),
-        authority.issue("groupstate"),
-    );
-    let anonymous = ["--redis-url", &url, "--redis-ca", text(&ca)];
-    let service = Service::start(&anonymous);
-    says_why_not(&service, "CertificateRequired").await;
-    let identity = [
-        "--redis-cert",
-        text(&ours.cert),
-        "--redis-key",
-        text(&ours.key),
+    let authority = Authority::new("ours");
+    let issued = authority.ca.issue(Valid::Now);
+    let (_redis, addr) = tls_server(&authority, &issued, true).await;
+    let anonymous = [
+        "--redis-url",
+        &url("rediss", addr),
+        "--redis-ca",
+        &authority.ca(),
     ];
-    let service = Service::start(&[&anonymous[..], &identity[..]].concat());
-    works_on_redis(&service).await;
+    says_why_not(&Service::start(&anonymous), "CertificateRequired").await;
+    let [cert, key] = authority.files("us", &authority.ca.issue(Valid::Now));
+    let identity = ["--redis-cert", &cert, "--redis-key", &key];
+    works_on_redis(&Service::start(&[anonymous, identity].concat())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redis_that_is_not_believed_is_not_used_and_the_reason_is_said() {
-    let (authority, foreign) = (Authority::new(), Authority::new());
-    let (_redis, addr) = tls_server(&authority, "127.0.0.1", false).await;
-    let (_other, other_addr) = tls_server(&authority, "redis.example", false).await;
-    for (addr, ca, reason) in [
-        (addr, Some(foreign.ca()), "UnknownIssuer"),
+    let (authority, foreign) = (Authority::new("ours"), Authority::new("foreign"));
+    let issue = |valid| authority.ca.issue(valid);
+    let elsewhere = authority.ca.issue_for("redis.example");
+    for (issued, ca, reason) in [
+        (issue(Valid::Now), Some(foreign.ca()), "UnknownIssuer"),
         // Of the authorities of the system.
-        (addr, None, "UnknownIssuer"),
-        (other_addr, Some(authority.ca()), "NotValidForName"),
+        (issue(Valid::Now), None, "UnknownIssuer"),
+        (issue(Valid::Once), Some(authority.ca()), "Expired"),
+        (elsewhere, Some(authority.ca()), "NotValidForName"),
     ] {
+        let (_redis, addr) = tls_server(&authority, &issued, false).await;
         let url = url("rediss", addr);
-        let ca = ca.map_or_else(Vec::new, |ca| {
-            vec!["--redis-ca".into(), text(&ca).to_owned()]
-        });
-        let ca = ca.iter().map(String::as_str);
-        let settings: Vec<&str> = ["--redis-url", &url].into_iter().chain(ca).collect();
+        let mut settings = vec!["--redis-url", &url];
+        if let Some(ca) = &ca {
+            settings.extend(["--redis-ca", ca]);
+        }
         says_why_not(&Service::start(&settings), reason).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tls_at_only_one_end_is_said() {
-    let authority = Authority::new();
-    let (redis, tls_addr) = tls_server(&authority, "127.0.0.1", false).await;
-    let ca = authority.ca();
+    let authority = Authority::new("ours");
+    let (redis, tls_addr) = tls_server(&authority, &authority.ca.issue(Valid::Now), false).await;
     let plain = url("rediss", redis.addr());
-    let service = Service::start(&["--redis-url", &plain, "--redis-ca", text(&ca)]);
+    let service = Service::start(&["--redis-url", &plain, "--redis-ca", &authority.ca()]);
     says_why_not(&service, "Request timed out.").await;
     let service = Service::start(&["--redis-url", &url("redis", tls_addr)]);
     says_why_not(&service, "not connected: ").await;
@@ -100,9 +154,28 @@ async fn tls_at_only_one_end_is_said() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_server_of_a_cluster_is_reached_by_tls() {
-    let authority = Authority::new();
-    let cluster = RedisCluster::start_with_tls(&authority).await;
+    let authority = Authority::new("ours");
+    let settings = authority.server_settings(&authority.ca.issue(Valid::Now));
+    let cluster = RedisCluster::start_with_tls(&settings).await;
     let url = cluster.tls_url().await;
-    let service = Service::start(&["--redis-url", &url, "--redis-ca", text(&authority.ca())]);
+    let service = Service::start(&["--redis-url", &url, "--redis-ca", &authority.ca()]);
+    works_on_redis(&service).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sentinel_and_its_primary_are_reached_by_tls() {
+    let authority = Authority::new("ours");
+    let issued = authority.ca.issue(Valid::Now);
+    let (_redis, addr) = tls_server(&authority, &issued, false).await;
+    let settings = authority.server_settings(&issued);
+    let mut lines: String = settings
+        .chunks(2)
+        .map(|setting| format!("{} {}\n", setting[0].trim_start_matches("--"), setting[1]))
+        .collect();
+    lines.push_str("tls-auth-clients no\ntls-replication yes\n");
+    let sentinel = Sentinel::start_with(addr, Duration::from_secs(30), &lines);
+    let [user, password] = login();
+    let url = format!("rediss-sentinel://{user}:{password}@{}", sentinel.asked());
+    let service = Service::start(&["--redis-url", &url, "--redis-ca", &authority.ca()]);
     works_on_redis(&service).await;
 }

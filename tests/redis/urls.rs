@@ -1,7 +1,10 @@
 //! Forms of URL that no other test uses.
 
+use std::time::Duration;
+
 use crate::{
     common::{
+        redis_sentinel::Sentinel,
         redis_server::{self, RedisServer},
         service::Service,
     },
@@ -55,4 +58,14 @@ async fn an_address_of_ipv6_is_used() {
     let url = format!("redis://{user}:{password}@[::1]:{}", redis.addr().port());
     let service = Service::start(&["--redis-url", &url]);
     works_on_redis(&service).await;
+}
+
+/// As the usual charts set them up.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sentinel_that_wants_a_password_gets_that_of_redis() {
+    let redis = RedisServer::start_with(&["--requirepass", "s3cret"]).await;
+    let settings = "requirepass s3cret\nsentinel auth-pass groups s3cret";
+    let sentinel = Sentinel::start_with(redis.addr(), Duration::from_secs(30), settings);
+    let url = format!("redis-sentinel://:s3cret@{}", sentinel.asked());
+    works_on_redis(&Service::start(&["--redis-url", &url])).await;
 }

@@ -6,13 +6,14 @@ use std::{
     time::Duration,
 };
 
-use fred::prelude::Server;
+use fred::prelude::{Client, ClientLike, Config, Server};
 use tokio::{sync::watch, task::JoinSet, time::Instant};
 
 use super::{
+    fault::readable,
     link::{Events, Link, NoPong, lock},
     sentinel,
-    settings::{Deployment, RedisSettings},
+    settings::{Access, Deployment, RedisSettings},
     topology::Topology,
 };
 use crate::store::StoreError;
@@ -21,13 +22,16 @@ use crate::store::StoreError;
 #[derive(Clone)]
 pub struct Connections {
     way: Arc<Way>,
-    /// Follow the primary that sentinels name.
+    /// Follow files, and the primary that sentinels name.
     _tasks: Arc<JoinSet<()>>,
 }
 
 /// What those who use the link share with those who replace it.
 pub struct Way {
-    settings: RedisSettings,
+    pool_size: usize,
+    timeout: Duration,
+    /// How Redis is reached; what it has refused does not get here.
+    access: Mutex<Arc<Access>>,
     /// None until it is known where Redis is.
     link: Mutex<Option<Arc<Link>>>,
     events: Arc<Events>,
@@ -41,18 +45,23 @@ impl Connections {
 
     /// Starts to connect, in the background and for as long as it takes.
     pub fn open(settings: &RedisSettings) -> Result<Self, StoreError> {
+        let access = settings.access().map_err(StoreError::Unavailable)?;
+        let deployment = access.deployment.clone();
         let way = Arc::new(Way {
-            settings: settings.clone(),
+            pool_size: settings.pool_size(),
+            timeout: settings.timeout(),
+            access: Mutex::new(Arc::new(access)),
             link: Mutex::default(),
             events: Arc::new(Events::new()),
         });
         let mut tasks = JoinSet::new();
-        match &settings.deployment {
+        match deployment {
             Deployment::Sentinel(deployment) => {
-                tasks.spawn(sentinel::follow(way.clone(), deployment.clone()));
+                tasks.spawn(sentinel::follow(way.clone(), deployment));
             }
             _ => way.use_link(way.link_to(None)?),
         }
+        tasks.spawn(renew(way.clone(), settings.clone()));
         Ok(Self {
             way,
             _tasks: Arc::new(tasks),
@@ -108,7 +117,7 @@ impl Connections {
 
     /// Number of connections.
     pub fn count(&self) -> usize {
-        self.way.settings.pool_size
+        self.way.pool_size
     }
 
     /// Asks whether Redis is there, each of its servers, over the connection
@@ -135,15 +144,44 @@ impl Connections {
 
     /// The time one command gets at most.
     pub fn timeout(&self) -> Duration {
-        self.way.settings.timeout
+        self.way.timeout
+    }
+}
+
+/// Goes over to passwords and certificates that have changed, once Redis takes
+/// them. Until then those of before are used.
+async fn renew(way: Arc<Way>, mut settings: RedisSettings) {
+    const AGAIN: Duration = Duration::from_secs(1);
+    loop {
+        settings.changed().await;
+        let mut told = String::new();
+        while let Err(reason) = way.renew(&settings).await {
+            if reason != told {
+                tracing::warn!(
+                    reason,
+                    "Redis does not take the password or certificates that have changed: those \
+                     of before are used"
+                );
+                told = reason;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(AGAIN) => {}
+                () = settings.changed() => {}
+            }
+        }
+        tracing::info!("the password or certificates for Redis that have changed are used");
     }
 }
 
 // === impl Way ===
 
 impl Way {
-    pub fn settings(&self) -> &RedisSettings {
-        &self.settings
+    const CONNECTED_WITHIN: Duration = Duration::from_millis(500);
+    const TRIAL_BOUND: Duration = Duration::from_secs(2);
+
+    /// How Redis is reached.
+    pub fn access(&self) -> Arc<Access> {
+        lock(&self.access).clone()
     }
 
     pub fn events(&self) -> &Events {
@@ -156,15 +194,53 @@ impl Way {
 
     /// Opens a link, to `server` where that is found out by asking sentinels.
     pub fn link_to(&self, server: Option<&Server>) -> Result<Link, StoreError> {
-        let Self {
-            settings, events, ..
-        } = self;
         Link::open(
-            settings.config(server),
-            settings.pool_size,
-            settings.timeout,
-            events.clone(),
+            server.cloned(),
+            self.access().config(server),
+            self.pool_size,
+            self.timeout,
+            self.events.clone(),
         )
+    }
+
+    /// Opens a link, and waits until it is connected, but not for long: if it takes
+    /// its time, it is used all the same.
+    pub async fn move_to(&self, server: Option<&Server>) -> Result<(), StoreError> {
+        let link = self.link_to(server)?;
+        let connected = async {
+            while !link.is_connected() {
+                tokio::time::sleep(Connections::CONNECTED_POLL).await;
+            }
+        };
+        let _ = tokio::time::timeout(Self::CONNECTED_WITHIN, connected).await;
+        self.use_link(link);
+        Ok(())
+    }
+
+    /// Connects in the way that `settings` say now, and goes over to it if Redis
+    /// agrees. Otherwise why it does not.
+    async fn renew(&self, settings: &RedisSettings) -> Result<(), String> {
+        let access = settings.access()?;
+        let link = self.link();
+        let server = link.as_ref().and_then(|link| link.server());
+        if link.is_some() {
+            let config = Config {
+                fail_fast: true,
+                ..access.config(server)
+            };
+            let client = Client::new(config, None, None, None);
+            match tokio::time::timeout(Self::TRIAL_BOUND, client.init()).await {
+                Ok(Ok(task)) => task.abort(),
+                Ok(Err(error)) => return Err(readable(&error).to_owned()),
+                Err(_) => return Err("no answer in time".into()),
+            }
+        }
+        *lock(&self.access) = Arc::new(access);
+        if link.is_some() {
+            let moved = self.move_to(server).await;
+            moved.map_err(|error| error.to_string())?;
+        }
+        Ok(())
     }
 
     /// From now on calls take this link. Those that are under way on the one

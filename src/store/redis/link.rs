@@ -35,6 +35,8 @@ use crate::{
 /// A pool of connections. In a cluster each of them leads to every primary. They
 /// are closed when this is dropped.
 pub struct Link {
+    /// The primary that sentinels have named; None without sentinels.
+    server: Option<Server>,
     pool: Pool,
     /// None: a cluster, or a socket.
     only_server: Option<Arc<Server>>,
@@ -90,6 +92,7 @@ impl Link {
 
     /// Starts to connect, in the background and for as long as it takes.
     pub fn open(
+        server: Option<Server>,
         config: Config,
         pool_size: usize,
         timeout: Duration,
@@ -144,6 +147,7 @@ impl Link {
             renewals.push(renewal);
         }
         Ok(Self {
+            server,
             pool,
             only_server,
             known,
@@ -155,6 +159,11 @@ impl Link {
     /// The server at the other end, if there is just one.
     pub fn only_server(&self) -> Option<&Arc<Server>> {
         self.only_server.as_ref()
+    }
+
+    /// The primary that sentinels have named; None without sentinels.
+    pub fn server(&self) -> Option<&Server> {
+        self.server.as_ref()
     }
 
     /// Whether every connection of the pool is there.

@@ -32,8 +32,7 @@ pub use self::{
     attempt::Trail,
     link::NoPong,
     server_info::ServerInfo,
-    settings::RedisSettings,
-    tls::{ClientTls, Identity, Trust},
+    settings::{RedisFiles, RedisSettings},
     write::pipelines,
 };
 use self::{

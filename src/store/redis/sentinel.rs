@@ -20,7 +20,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{
     connection::Way,
     fault::readable,
-    settings::{Credentials, SentinelDeployment},
+    settings::{Access, Credentials, SentinelDeployment},
 };
 
 /// What a sentinel says.
@@ -83,28 +83,14 @@ pub async fn follow(way: Arc<Way>, deployment: SentinelDeployment) {
     // The channel is open as long as this runs.
     while let Some(word) = heard.recv().await {
         if Believed::gives_way(&mut believed, &word, Instant::now()) {
-            move_to(&way, &word.primary).await;
+            let primary = &word.primary;
+            tracing::info!(%primary, "the sentinels name another primary");
+            // The old one is used until the new one is connected to.
+            if let Err(error) = way.move_to(Some(primary)).await {
+                way.events().cannot_connect(&error.to_string());
+            }
         }
         learn(word.others);
-    }
-}
-
-/// Goes over to a new primary. The old one is used until the new one is connected
-/// to, which may be some moments away.
-async fn move_to(way: &Way, primary: &Server) {
-    tracing::info!(%primary, "the sentinels name another primary");
-    match way.link_to(Some(primary)) {
-        Ok(link) => {
-            let connected = async {
-                while !link.is_connected() {
-                    tokio::time::sleep(Duration::from_millis(5)).await;
-                }
-            };
-            // Connecting goes on in any case.
-            let _ = tokio::time::timeout(BOUND, connected).await;
-            way.use_link(link);
-        }
-        Err(error) => way.events().cannot_connect(&error.to_string()),
     }
 }
 
@@ -115,15 +101,18 @@ async fn ask_forever(
     deployment: SentinelDeployment,
     words: mpsc::Sender<Word>,
 ) {
-    let mut logins = logins(&deployment, &way.settings().credentials);
+    let mut refused = 0;
     loop {
-        let failed = match Sentinel::connect(&way, &host, &deployment, &logins[0]).await {
+        let access = way.access();
+        let logins = logins(&deployment, &access.credentials);
+        let login = &logins[refused % logins.len()];
+        let failed = match Sentinel::connect(&access, &host, &deployment, login).await {
             Ok(sentinel) => sentinel.ask_while_it_answers(&words).await,
             Err(error) => error,
         };
         if is_about_login(&failed) {
-            // Nobody said what it wants.
-            logins.rotate_left(1);
+            // Nobody said what it wants: the next one.
+            refused += 1;
         }
         let reason = readable(&failed);
         tracing::debug!(sentinel = %host, reason, "a sentinel does not answer");
@@ -190,12 +179,12 @@ impl Believed {
 
 impl Sentinel {
     async fn connect(
-        way: &Way,
+        access: &Access,
         host: &Server,
         deployment: &SentinelDeployment,
         login: &Credentials,
     ) -> Result<Self, Error> {
-        let config = way.settings().sentinel_config(host, login);
+        let config = access.sentinel_config(host, login);
         let client = Builder::from_config(config)
             .with_performance_config(|config: &mut PerformanceConfig| {
                 config.default_command_timeout = BOUND;
@@ -205,13 +194,12 @@ impl Sentinel {
                 config.internal_command_timeout = BOUND;
             })
             .build()?;
-        // It ends with the connection: there is no policy to reconnect.
-        let task = AbortOnDropHandle::new(client.connect());
-        client.wait_for_connect().await?;
+        // The task ends with the connection: there is no policy to reconnect.
+        let task = client.init().await?;
         Ok(Self {
             client,
             service: deployment.service.clone(),
-            _task: task,
+            _task: AbortOnDropHandle::new(task),
         })
     }
 

@@ -9,17 +9,43 @@ use fred::{
 use percent_encoding::percent_decode_str;
 use url::Url;
 
-use super::tls::ClientTls;
+use super::tls::{RedisTls, changed};
+use crate::{
+    reload::Watched,
+    tls::{Authorities, Identity},
+};
 
 /// Where Redis is and how to reach it. Its debug form holds no credentials.
 #[derive(Clone)]
 pub struct RedisSettings {
-    pub(super) deployment: Deployment,
-    pub(super) credentials: Credentials,
+    deployment: Deployment,
+    /// Of the URL, or those that took their place.
+    credentials: Credentials,
+    /// Takes the place of the password there.
+    password: Option<Watched<String>>,
+    database: Option<u8>,
+    tls: Option<RedisTls>,
+    pool_size: usize,
+    timeout: Duration,
+}
+
+/// What comes from files.
+#[derive(Clone, Debug, Default)]
+pub struct RedisFiles {
+    pub password: Option<Watched<String>>,
+    /// Only with TLS. None: those whom the system believes.
+    pub authorities: Option<Watched<Authorities>>,
+    /// Only with TLS.
+    pub identity: Option<Watched<Identity>>,
+}
+
+/// The same settings at one moment, between two changes of files.
+#[derive(Clone)]
+pub struct Access {
+    pub deployment: Deployment,
+    pub credentials: Credentials,
     database: Option<u8>,
     tls: Option<TlsConfig>,
-    pub(super) pool_size: usize,
-    pub(super) timeout: Duration,
 }
 
 /// How the servers are put up.
@@ -95,7 +121,7 @@ impl RedisSettings {
     /// mistake may have put the password anywhere.
     pub fn new(
         url: &str,
-        tls: ClientTls,
+        files: RedisFiles,
         pool_size: usize,
         timeout: Duration,
     ) -> Result<Self, String> {
@@ -103,20 +129,23 @@ impl RedisSettings {
         let url = Url::parse(url)
             .map_err(|error| format!("is not a URL: {error}; it is {}", scheme.form()))?;
         scheme.check_parameters(&url)?;
-        if tls.is_set() && !scheme.tls {
+        let has_certificates = files.authorities.is_some() || files.identity.is_some();
+        if has_certificates && !scheme.tls {
             return Err(format!(
                 "does not ask for TLS, as certificates do: it must begin with \
                  {SCHEMES_WITH_TLS}"
             ));
         }
+        let tls = || RedisTls::new(files.authorities, files.identity);
         Ok(Self {
             deployment: deployment(scheme, &url)?,
             credentials: Credentials {
                 username: decoded(url.username())?,
                 password: decoded(url.password().unwrap_or_default())?,
             },
+            password: files.password,
             database: database(scheme, &url)?,
-            tls: scheme.tls.then(|| tls.config()).transpose()?,
+            tls: scheme.tls.then(tls).transpose()?,
             pool_size,
             timeout,
         })
@@ -127,14 +156,64 @@ impl RedisSettings {
         self.credentials.username = Some(username);
     }
 
-    /// Replaces the password of the URL.
-    pub fn set_password(&mut self, password: String) {
-        self.credentials.password = Some(password);
+    /// Number of connections.
+    pub fn pool_size(&self) -> usize {
+        self.pool_size
     }
 
+    /// The time one command gets at most.
+    pub fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// Waits until a file has changed.
+    pub async fn changed(&mut self) {
+        let tls = async {
+            match &mut self.tls {
+                Some(tls) => tls.changed().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = changed(self.password.as_mut()) => {}
+            () = tls => {}
+        }
+    }
+
+    /// How to reach Redis now.
+    pub fn access(&self) -> Result<Access, String> {
+        let mut credentials = self.credentials.clone();
+        if let Some(password) = &self.password {
+            credentials.password = Some((*password.current()).clone());
+        }
+        Ok(Access {
+            deployment: self.deployment.clone(),
+            credentials,
+            database: self.database,
+            tls: self.tls.as_ref().map(RedisTls::config).transpose()?,
+        })
+    }
+}
+
+impl fmt::Debug for RedisSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RedisSettings")
+            .field("deployment", &self.deployment)
+            .field("username", &self.credentials.username)
+            .field("database", &self.database)
+            .field("tls", &self.tls.is_some())
+            .field("pool_size", &self.pool_size)
+            .field("timeout", &self.timeout)
+            .finish_non_exhaustive()
+    }
+}
+
+// === impl Access ===
+
+impl Access {
     /// What fred needs to connect; to the primary at `server` where that is
     /// found out by asking sentinels.
-    pub(super) fn config(&self, server: Option<&Server>) -> Config {
+    pub fn config(&self, server: Option<&Server>) -> Config {
         Config {
             server: match (server, &self.deployment) {
                 (Some(server), _) | (None, Deployment::Standalone(server)) => {
@@ -161,7 +240,7 @@ impl RedisSettings {
     }
 
     /// The same for a sentinel.
-    pub(super) fn sentinel_config(&self, host: &Server, credentials: &Credentials) -> Config {
+    pub fn sentinel_config(&self, host: &Server, credentials: &Credentials) -> Config {
         Config {
             server: ServerConfig::Centralized {
                 server: host.clone(),
@@ -177,19 +256,6 @@ impl RedisSettings {
             tls: self.tls.clone(),
             ..Config::default()
         }
-    }
-}
-
-impl fmt::Debug for RedisSettings {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RedisSettings")
-            .field("deployment", &self.deployment)
-            .field("username", &self.credentials.username)
-            .field("database", &self.database)
-            .field("tls", &self.tls.is_some())
-            .field("pool_size", &self.pool_size)
-            .field("timeout", &self.timeout)
-            .finish_non_exhaustive()
     }
 }
 
@@ -365,7 +431,7 @@ mod tests {
     use super::*;
 
     fn read(url: &str) -> Result<RedisSettings, String> {
-        RedisSettings::new(url, ClientTls::default(), 4, Duration::from_millis(250))
+        RedisSettings::new(url, RedisFiles::default(), 4, Duration::from_millis(250))
     }
 
     fn servers(servers: &[(&str, u16)]) -> Vec<Server> {

@@ -3,89 +3,78 @@
 use std::sync::Arc;
 
 use fred::types::config::{TlsConfig, TlsConnector};
-use tokio_rustls::rustls::{
-    ClientConfig, Error, RootCertStore,
-    crypto::ring,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-    sign::{CertifiedKey, SingleCertAndKey},
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring, sign::SingleCertAndKey};
+
+use crate::{
+    reload::Watched,
+    telemetry::{self, FileSetting},
+    tls::{Authorities, Identity},
 };
 
-/// The authorities whose certificates are believed.
-pub struct Trust(RootCertStore);
-
-/// A certificate, those that it is based on, and its private key.
-pub struct Identity(CertifiedKey);
-
-/// What a setting may say of TLS.
-#[derive(Default)]
-pub struct ClientTls {
-    /// None: the authorities that the system believes.
-    pub trust: Option<Trust>,
+/// How to connect by TLS.
+#[derive(Clone)]
+pub struct RedisTls {
+    trust: Trust,
     /// None: we do not show who we are.
-    pub identity: Option<Identity>,
+    identity: Option<Watched<Identity>>,
 }
 
-// === impl Trust ===
+/// Whom to believe.
+#[derive(Clone)]
+enum Trust {
+    /// Those whom the system believes.
+    System(Arc<RootCertStore>),
+    Authorities(Watched<Authorities>),
+}
 
-impl Trust {
-    /// From certificates in PEM.
-    pub fn from_pem(pem: &[u8]) -> Result<Self, String> {
-        let mut roots = RootCertStore::empty();
-        for certificate in certificates(pem)? {
-            let added = roots.add(certificate);
-            added.map_err(|error| format!("holds a certificate of no authority: {error}"))?;
+// === impl RedisTls ===
+
+impl RedisTls {
+    /// Without `authorities`, those of the system are believed.
+    pub fn new(
+        authorities: Option<Watched<Authorities>>,
+        identity: Option<Watched<Identity>>,
+    ) -> Result<Self, String> {
+        let trust = match authorities {
+            Some(authorities) => Trust::Authorities(authorities),
+            None => Trust::System(Arc::new(of_system()?)),
+        };
+        Ok(Self { trust, identity })
+    }
+
+    /// Waits until a file has changed.
+    pub async fn changed(&mut self) {
+        let authorities = match &mut self.trust {
+            Trust::System(_) => None,
+            Trust::Authorities(authorities) => Some(authorities),
+        };
+        tokio::select! {
+            () = changed(authorities) => {}
+            () = changed(self.identity.as_mut()) => {}
         }
-        Ok(Self(roots))
     }
 
-    /// The authorities that the system believes.
-    fn of_system() -> Result<Self, String> {
-        let mut roots = RootCertStore::empty();
-        // One that cannot be read is no reason to do without the others.
-        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-        if roots.is_empty() {
-            return Err("asks for TLS, but this system has no CA certificates".into());
-        }
-        Ok(Self(roots))
-    }
-}
-
-// === impl Identity ===
-
-impl Identity {
-    /// From a certificate, followed by those that it is based on, and its private
-    /// key, both in PEM.
-    pub fn from_pem(chain: &[u8], key: &[u8]) -> Result<Self, String> {
-        let chain = certificates(chain)?;
-        let key = PrivateKeyDer::from_pem_slice(key)
-            .map_err(|_| "the file of the key holds no private key in PEM")?;
-        let identity = CertifiedKey::from_der(chain, key, &ring::default_provider());
-        let identity = identity.map_err(|error| match error {
-            Error::InconsistentKeys(_) => "the key is not that of the certificate".into(),
-            error => error.to_string(),
-        })?;
-        Ok(Self(identity))
-    }
-}
-
-// === impl ClientTls ===
-
-impl ClientTls {
-    /// Whether there is anything.
-    pub fn is_set(&self) -> bool {
-        self.trust.is_some() || self.identity.is_some()
-    }
-
-    /// How to connect.
-    pub fn config(self) -> Result<TlsConfig, String> {
-        let Trust(roots) = self.trust.map_or_else(Trust::of_system, Ok)?;
-        let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+    /// What is current, as fred takes it; shows when it expires.
+    pub fn config(&self) -> Result<TlsConfig, String> {
+        let provider = Arc::new(ring::default_provider());
+        let roots = match &self.trust {
+            Trust::System(roots) => roots.clone(),
+            Trust::Authorities(authorities) => {
+                let authorities = authorities.current();
+                telemetry::certificate_expires(FileSetting::RedisCa, authorities.expires);
+                authorities.roots.clone()
+            }
+        };
+        let config = ClientConfig::builder_with_provider(provider.clone())
             .with_safe_default_protocol_versions()
             .map_err(|error| error.to_string())?
             .with_root_certificates(roots);
-        let config = match self.identity {
-            Some(Identity(identity)) => {
-                config.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(identity)))
+        let config = match &self.identity {
+            Some(identity) => {
+                let identity = identity.current();
+                telemetry::certificate_expires(FileSetting::RedisCert, identity.expires);
+                let identity = SingleCertAndKey::from(identity.certified(&provider)?);
+                config.with_client_cert_resolver(Arc::new(identity))
             }
             None => config.with_no_client_auth(),
         };
@@ -95,11 +84,20 @@ impl ClientTls {
     }
 }
 
-fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
-    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-    match certificates {
-        Ok(certificates) if certificates.is_empty() => Err("holds no certificate in PEM".into()),
-        Ok(certificates) => Ok(certificates),
-        Err(error) => Err(format!("cannot be read as PEM: {error}")),
+/// Waits until a file has changed; for ever if there is none.
+pub async fn changed<T: Send + Sync + 'static>(watched: Option<&mut Watched<T>>) {
+    match watched {
+        Some(watched) => drop(watched.changed().await),
+        None => std::future::pending().await,
     }
+}
+
+fn of_system() -> Result<RootCertStore, String> {
+    let mut roots = RootCertStore::empty();
+    // One that cannot be read is no reason to do without the others.
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    if roots.is_empty() {
+        return Err("asks for TLS, but this system has no CA certificates".into());
+    }
+    Ok(roots)
 }

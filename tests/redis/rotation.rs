@@ -1,0 +1,206 @@
+//! Passwords and certificates that change while the service runs.
+
+use std::{
+    fs,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use groupstate::grpc::proto as pb;
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+
+use crate::{
+    common::{
+        certificates::Valid,
+        redis_server::{self, RedisServer, url},
+        service::Service,
+    },
+    store_request,
+    tls::{Authority, tls_server},
+    works_on_redis,
+};
+
+/// Much longer than the service of these tests leaves between two looks, and than
+/// a connection takes.
+const TAKEN_WITHIN: Duration = Duration::from_secs(5);
+const TAKEN: &str = "that have changed are used";
+
+/// Calls all the time, each of which Redis must answer.
+struct Calls {
+    stop: Arc<AtomicBool>,
+    calling: JoinHandle<usize>,
+}
+
+impl Calls {
+    async fn start(service: &Service) -> Self {
+        let mut client = service.client().await;
+        let stop: Arc<AtomicBool> = Arc::default();
+        let stopped = stop.clone();
+        let calling = tokio::spawn(async move {
+            let mut calls = 0;
+            while !stopped.load(Ordering::SeqCst) {
+                let stored = client.store(store_request("k")).await.unwrap();
+                assert_eq!(stored.get_ref().backend(), pb::Backend::Redis);
+                calls += 1;
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            calls
+        });
+        Self { stop, calling }
+    }
+
+    /// Ends them, and says how many there were.
+    async fn end(self) -> usize {
+        self.stop.store(true, Ordering::SeqCst);
+        self.calling.await.unwrap()
+    }
+}
+
+/// A service that has the password from a file.
+struct Scene {
+    redis: RedisServer,
+    folder: TempDir,
+    service: Service,
+}
+
+impl Scene {
+    async fn new() -> Self {
+        let redis = RedisServer::start().await;
+        let [user, password] = redis_server::login();
+        let folder = TempDir::new().unwrap();
+        let file = folder.path().join("password");
+        fs::write(&file, format!("{password}\n")).unwrap();
+        let service = Service::start(&[
+            "--redis-url",
+            &format!("redis://{}", redis.addr()),
+            "--redis-username",
+            user,
+            "--redis-password-file",
+            file.to_str().unwrap(),
+            "--reload-interval",
+            "100ms",
+        ]);
+        works_on_redis(&service).await;
+        Self {
+            redis,
+            folder,
+            service,
+        }
+    }
+
+    fn write_password(&self, password: &str) {
+        fs::write(self.folder.path().join("password"), password).unwrap();
+    }
+
+    async fn set_user(&self, rule: &str) {
+        let [user, _] = redis_server::login();
+        let () = admin(&self.redis, &["ACL", "SETUSER", user, rule]).await;
+    }
+}
+
+async fn admin<T: redis::FromRedisValue>(redis: &RedisServer, words: &[&str]) -> T {
+    let mut command = redis::cmd(words[0]);
+    command.arg(&words[1..]);
+    command
+        .query_async(&mut redis.connect().await)
+        .await
+        .unwrap()
+}
+
+/// First Redis takes both passwords, then the file has the new one, then Redis
+/// takes no other.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_that_changes_costs_no_call() {
+    let scene = Scene::new().await;
+    let [user, old] = redis_server::login();
+    let calls = Calls::start(&scene.service).await;
+    scene.set_user(">n3w-password").await;
+    scene.write_password("n3w-password\n");
+    scene.service.wait_for_log(TAKEN, TAKEN_WITHIN);
+    scene.set_user(&format!("<{old}")).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(calls.end().await > 50);
+
+    let killed: usize = admin(&scene.redis, &["CLIENT", "KILL", "USER", user]).await;
+    assert!(killed > 0);
+    works_on_redis(&scene.service).await;
+    assert!(scene.service.log().iter().all(|line| !line.contains("n3w")));
+}
+
+/// It may be in the file before Redis knows it, or be wrong.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_that_redis_does_not_take_is_said_and_the_one_of_before_is_used() {
+    let scene = Scene::new().await;
+    let calls = Calls::start(&scene.service).await;
+    scene.write_password("n3w-password");
+    let said = scene.service.wait_for_log("does not take", TAKEN_WITHIN);
+    assert!(
+        said.contains("WRONGPASS") && said.contains("WARN"),
+        "{said}"
+    );
+    // An empty file is no new password.
+    scene.write_password("");
+    scene.service.wait_for_log("of no use", TAKEN_WITHIN);
+    assert!(calls.end().await > 50);
+    // New connections have the password that was right.
+    let [user, _] = redis_server::login();
+    let killed: usize = admin(&scene.redis, &["CLIENT", "KILL", "USER", user]).await;
+    assert!(killed > 0);
+    works_on_redis(&scene.service).await;
+
+    scene.set_user(">n3w-password").await;
+    scene.service.wait_for_log(TAKEN, TAKEN_WITHIN);
+    works_on_redis(&scene.service).await;
+    assert!(scene.service.log().iter().all(|line| !line.contains("n3w")));
+}
+
+/// Redis gets a certificate of another authority, and so do we.
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_that_change_are_used() {
+    let (old, new) = (Authority::new("old"), Authority::new("new"));
+    let (redis, addr) = tls_server(&old, &old.ca.issue(Valid::Now), true).await;
+    let [cert, key] = old.files("us", &old.ca.issue(Valid::Now));
+    let service = Service::start(
+        &[
+            ["--redis-url", &url("rediss", addr)],
+            ["--redis-ca", &old.ca()],
+            ["--redis-cert", &cert],
+            ["--redis-key", &key],
+            ["--reload-interval", "100ms"],
+        ]
+        .concat(),
+    );
+    works_on_redis(&service).await;
+
+    let calls = Calls::start(&service).await;
+    let both = format!("{}{}", old.ca.pem, new.ca.pem);
+    fs::write(old.ca(), &both).unwrap();
+    service.wait_for_log(TAKEN, TAKEN_WITHIN);
+    assert!(calls.end().await > 10);
+    let [server_cert, server_key] = new.files("server", &new.ca.issue(Valid::Now));
+    let () = admin(
+        &redis,
+        &[
+            &["CONFIG", "SET"][..],
+            &["tls-cert-file", &server_cert, "tls-key-file", &server_key],
+            &["tls-ca-cert-file", &new.ca()],
+        ]
+        .concat(),
+    )
+    .await;
+    // The old certificate of ours is believed no more.
+    new.ca.issue(Valid::Now).write(old.folder(), "us");
+    let taken = |line: &String| line.contains(TAKEN);
+    crate::wait_until("both are used", TAKEN_WITHIN, async || {
+        service.log().iter().filter(|line| taken(line)).count() >= 2
+    })
+    .await;
+    let [user, _] = redis_server::login();
+    let killed: usize = admin(&redis, &["CLIENT", "KILL", "USER", user]).await;
+    assert!(killed > 0);
+    works_on_redis(&service).await;
+}
