@@ -13,6 +13,7 @@
 //! | [`tls`] | TLS of the gRPC port |
 //! | [`admin`] | the HTTP port: probes, health, metrics |
 //! | [`auth`] | who may call |
+//! | [`waits`] | what waits for slow clients, and the bound on it |
 //! | [`grpc`] | the protobuf surface |
 //! | [`store`] | the store contract, and the stores |
 //! | [`document`] | the JSON document of a group |
@@ -34,3 +35,4 @@ pub mod store;
 pub mod telemetry;
 pub mod tls;
 pub mod version;
+pub mod waits;
