@@ -40,9 +40,9 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::{Service, ServiceExt};
 
 use crate::{
-    grpc::call::Peer,
     telemetry::{self, ConnectionFailure, seldom},
     tls::{self, ServerTls},
+    waits::Waits,
 };
 
 /// What connections may be.
@@ -62,6 +62,7 @@ struct Shared<S> {
     service: S,
     http2: http2::Builder<TokioExecutor>,
     max_age: Duration,
+    waits: Arc<Waits>,
     open: TaskTracker,
     /// Connections are to end when their calls have.
     closing: CancellationToken,
@@ -91,8 +92,9 @@ struct Begun<IO> {
 /// The time that a connection may take to begin.
 const BEGIN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Connections that may be beginning at once. TLS takes some 20 KiB of each.
-const MAX_BEGINNING: usize = 1_024;
+/// Connections that may be beginning at once. One that has sent nothing takes about
+/// 1 KiB.
+const MAX_BEGINNING: usize = 4_096;
 
 /// What a connection of HTTP/2 begins with.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -149,6 +151,7 @@ pub async fn serve<S, B>(
     listener: TcpListener,
     mut tls: Option<ServerTls>,
     limits: ConnectionLimits,
+    waits: Arc<Waits>,
     service: S,
     stop: impl Future<Output = ()>,
 ) where
@@ -166,6 +169,7 @@ pub async fn serve<S, B>(
         service,
         http2: http2(limits.max_streams),
         max_age: limits.max_age,
+        waits,
         open: TaskTracker::new(),
         closing: CancellationToken::new(),
     });
@@ -211,7 +215,11 @@ fn http2(max_streams: u32) -> http2::Builder<TokioExecutor> {
         .timer(TokioTimer::new())
         .keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-        .max_concurrent_streams(max_streams);
+        .max_concurrent_streams(max_streams)
+        // Calls that were cancelled before they were looked at. By itself h2 ends a
+        // connection at 20 of them, as a flood, with all calls on it: a client in a
+        // hurry comes to that when this process is held up for a moment.
+        .max_pending_accept_reset_streams(max_streams as usize);
     http2
 }
 
@@ -320,8 +328,10 @@ where
     {
         let _open = telemetry::connection_opens();
         let service = self.service.clone();
+        let connected = self.waits.connect(peer);
+        let client = connected.client().clone();
         let service = service.map_request(move |mut request: Request<Incoming>| {
-            request.extensions_mut().insert(Peer(peer));
+            request.extensions_mut().insert(client.clone());
             request
         });
         let io = TokioIo::new(io);
@@ -329,21 +339,22 @@ where
             .http2
             .serve_connection(io, TowerToHyperService::new(service));
         let mut connection = pin!(connection);
-        let ended = tokio::select! {
-            result = &mut connection => Some(result),
-            () = tokio::time::sleep(self.max_age.mul_f64(jitter())) => None,
-            () = self.closing.cancelled() => None,
-        };
-        let result = match ended {
-            Some(result) => result,
-            None => {
-                // No more calls are taken; those that there are end in their own time.
-                connection.as_mut().graceful_shutdown();
-                connection.await
+        let served = async {
+            tokio::select! {
+                result = &mut connection => return result,
+                () = tokio::time::sleep(self.max_age.mul_f64(jitter())) => {}
+                () = self.closing.cancelled() => {}
             }
+            // No more calls are taken; those that there are end in their own time.
+            connection.as_mut().graceful_shutdown();
+            connection.await
         };
-        if let Err(error) = result {
-            tracing::debug!(%peer, %error, "a connection failed");
+        tokio::select! {
+            result = served => if let Err(error) = result {
+                tracing::debug!(%peer, %error, "a connection failed");
+            },
+            // With all calls that there are on it.
+            () = connected.closing() => {}
         }
     }
 }

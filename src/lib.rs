@@ -13,6 +13,7 @@
 //! | [`tls`] | TLS of the gRPC port |
 //! | [`admin`] | the HTTP port: probes, health, metrics |
 //! | [`auth`] | who may call |
+//! | [`waits`] | what waits for slow clients, and the bound on it |
 //! | [`grpc`] | the protobuf surface |
 //! | [`manager`] | the replica side, which calls a service of this crate or any store |
 //! | [`store`] | the store contract, and the stores |
@@ -36,3 +37,4 @@ pub mod store;
 pub mod telemetry;
 pub mod tls;
 pub mod version;
+pub mod waits;

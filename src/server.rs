@@ -30,6 +30,7 @@ use crate::{
     telemetry,
     tls::ServerTls,
     version::InstanceId,
+    waits::{Amount, Waits},
 };
 
 /// A server that has its ports and waits to serve gRPC. HTTP is served already.
@@ -234,13 +235,20 @@ impl Server {
         let envelope = Envelope::new(routes, self.store, &self.instance, admission);
         let in_flight = envelope.in_flight().clone();
 
+        // As many calls again as may be worked on. Of the bytes half, so that slow clients
+        // leave room to others, but at least one request.
+        let waits = Waits::new(Amount {
+            calls: settings.max_concurrent_calls,
+            bytes: (settings.max_inflight_bytes / 2).max(settings.max_request_bytes),
+        });
+
         let (finish, finished) = tokio::sync::oneshot::channel::<()>();
         let limits = ConnectionLimits {
             max_connections: connections::within_open_files(settings.max_connections),
             max_age: settings.max_connection_age,
             max_streams: settings.max_streams_per_connection,
         };
-        let serve = connections::serve(self.grpc, self.tls, limits, envelope, async {
+        let serve = connections::serve(self.grpc, self.tls, limits, waits, envelope, async {
             // An error means that `finish` was dropped, which ends it as well.
             let _ = finished.await;
         });

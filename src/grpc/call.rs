@@ -3,8 +3,10 @@
 
 use std::{
     fmt,
-    net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -43,6 +45,8 @@ struct Call {
     deadline: Deadline,
     received: Instant,
     told: Mutex<Told>,
+    /// What the reply takes in memory until it has left.
+    reply_bytes: AtomicUsize,
     _in_flight: TaskTrackerToken,
 }
 
@@ -58,10 +62,6 @@ struct Told {
     /// Who has answered, if anyone.
     backend: Option<Backend>,
 }
-
-/// Where a call comes from, among the extensions of its request.
-#[derive(Clone, Copy, Debug)]
-pub struct Peer(pub SocketAddr);
 
 /// Names one call in replies and logs: 1 to 128 visible ASCII characters.
 #[derive(Clone, Debug)]
@@ -98,6 +98,7 @@ impl CallContext {
             deadline: deadline.map_or(Deadline::NONE, Deadline::at),
             received,
             told: Mutex::default(),
+            reply_bytes: AtomicUsize::new(0),
             _in_flight: in_flight,
         }))
     }
@@ -135,6 +136,15 @@ impl CallContext {
             let logged = |key: &String| key[..key.floor_char_boundary(Self::LOGGED_KEY)].to_owned();
             self.0.told().key = key().map(logged);
         }
+    }
+
+    /// Says what the reply takes in memory, as far as it is known.
+    pub fn replies_with(&self, bytes: usize) {
+        self.0.reply_bytes.store(bytes, Relaxed);
+    }
+
+    pub fn reply_bytes(&self) -> usize {
+        self.0.reply_bytes.load(Relaxed)
     }
 
     /// Says what has come of the call.

@@ -19,7 +19,7 @@ use tonic::{Code, Status, body::Body};
 use tower::Service;
 
 use super::{
-    call::{CallContext, Peer, REQUEST_ID},
+    call::{CallContext, REQUEST_ID},
     receive::{Inbox, Room},
     status::CallError,
 };
@@ -29,6 +29,7 @@ use crate::{
     store::GroupStore,
     telemetry::{self, Limit, seldom},
     version::InstanceId,
+    waits::{Client, Wait},
 };
 
 const INSTANCE: HeaderName = HeaderName::from_static("x-groupstate-instance");
@@ -55,13 +56,13 @@ pub struct Envelope<S> {
     shared: Arc<Shared>,
 }
 
-/// The body of a reply. What the call has taken is given back when it has left.
+/// The body of a reply, which waits for its client until it has left.
 pub struct Reply {
     body: Body,
-    _taken: Taken,
+    _wait: Option<Wait>,
 }
 
-/// What a call takes of what there is for all.
+/// What a call takes of what there is for all, while it is worked on.
 #[derive(Default)]
 struct Taken {
     _call: Option<OwnedSemaphorePermit>,
@@ -120,7 +121,7 @@ where
     S::Future: Send,
     S::Error: Send,
     B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send,
 {
     type Response = Response<Reply>;
     type Error = S::Error;
@@ -139,21 +140,25 @@ where
         Box::pin(async move {
             let is_health = request.uri().path().starts_with(HEALTH_PATH);
             let mut taken = Taken::default();
+            let client = request.extensions().get::<Arc<Client>>().cloned();
             let answer = async {
                 let (parts, body) = request.into_parts();
+                let client = client.as_ref();
                 if !is_health {
-                    shared.authenticate(&parts.headers, parts.extensions.get())?;
-                    taken._call = Some(shared.take_call()?);
+                    shared.authenticate(&parts.headers, client)?;
                 }
                 let body = if is_health {
-                    shared.inbox.receive_health(body).await?
+                    shared.inbox.receive_health(body, client).await?
                 } else if context.is_ours() {
-                    let (body, room) = shared.inbox.receive(body).await?;
+                    let (body, room) = shared.inbox.receive(body, client).await?;
                     taken._room = room;
                     body
                 } else {
                     Body::new(body)
                 };
+                if !is_health {
+                    taken._call = Some(shared.take_call()?);
+                }
                 let mut request = Request::from_parts(parts, body);
                 request.extensions_mut().insert(context.clone());
                 let handled = context.work(inner.call(request));
@@ -173,10 +178,8 @@ where
                 Ok(response) => shared.seal(response?, &context, is_health),
                 Err(error) => shared.refuse(error, &context),
             };
-            Ok(response.map(|body| Reply {
-                body,
-                _taken: taken,
-            }))
+            let wait = client.map(|client| client.wait(context.reply_bytes()));
+            Ok(response.map(|body| Reply { body, _wait: wait }))
         })
     }
 }
@@ -184,12 +187,16 @@ where
 // === impl Shared ===
 
 impl Shared {
-    fn authenticate(&self, headers: &HeaderMap, peer: Option<&Peer>) -> Result<(), CallError> {
+    fn authenticate(
+        &self,
+        headers: &HeaderMap,
+        client: Option<&Arc<Client>>,
+    ) -> Result<(), CallError> {
         let Some(tokens) = &self.tokens else {
             return Ok(());
         };
         tokens.current().check(headers).map_err(|rejection| {
-            let peer = peer.map(|Peer(addr)| tracing::field::display(addr));
+            let peer = client.map(|client| tracing::field::display(client.peer));
             seldom!(warn, peer, reason = %rejection, "a call was refused for want of a valid token");
             CallError::unauthenticated(rejection)
         })

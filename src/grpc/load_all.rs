@@ -35,6 +35,10 @@ enum SendError {
     ReaderGone,
 }
 
+/// What a LoadAll holds in memory when its reader stalls: a message that waits,
+/// and one that is being sent.
+pub const BYTES: usize = 2 * LoadAllSender::MESSAGE_BYTES;
+
 /// What the reader of a LoadAll gets.
 pub type Messages = BoxStream<'static, Result<pb::LoadAllResponse, Status>>;
 

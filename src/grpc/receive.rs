@@ -9,6 +9,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::{Buf, Bytes, BytesMut};
+use futures::FutureExt;
 use http_body::Body as HttpBody;
 use http_body_util::{BodyExt, Full};
 use tokio::{
@@ -18,7 +19,10 @@ use tokio::{
 use tonic::body::Body;
 
 use super::status::CallError;
-use crate::telemetry::{self, Limit};
+use crate::{
+    telemetry::{self, Limit},
+    waits::{Client, Wait},
+};
 
 /// Where requests come in.
 pub struct Inbox {
@@ -32,8 +36,7 @@ pub struct Inbox {
 #[derive(Default)]
 pub struct Room(Option<OwnedSemaphorePermit>);
 
-/// A request that has not come within this is given up: it holds one of the calls
-/// that may be worked on at once.
+/// A request that has not come within this is given up.
 const BODY_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What gRPC puts before a message: a flag, and the length in four bytes.
@@ -53,13 +56,17 @@ impl Inbox {
         }
     }
 
-    /// The request of a call of ours.
-    pub async fn receive<B>(&self, body: B) -> Result<(Body, Room), CallError>
+    /// The request of a call of ours, by a client if it is known.
+    pub async fn receive<B>(
+        &self,
+        body: B,
+        client: Option<&Arc<Client>>,
+    ) -> Result<(Body, Room), CallError>
     where
         B: HttpBody<Data = Bytes> + Unpin,
     {
         let mut room = Room::default();
-        let body = collect(body, self.max_request_bytes, |bytes| {
+        let body = collect(body, client, self.max_request_bytes, |bytes| {
             self.make_room(&mut room, bytes)
         })
         .await?;
@@ -67,11 +74,15 @@ impl Inbox {
     }
 
     /// The request of a health call, which is never shed.
-    pub async fn receive_health<B>(&self, body: B) -> Result<Body, CallError>
+    pub async fn receive_health<B>(
+        &self,
+        body: B,
+        client: Option<&Arc<Client>>,
+    ) -> Result<Body, CallError>
     where
         B: HttpBody<Data = Bytes> + Unpin,
     {
-        collect(body, MAX_HEALTH_REQUEST_BYTES, |_| Ok(())).await
+        collect(body, client, MAX_HEALTH_REQUEST_BYTES, |_| Ok(())).await
     }
 
     fn make_room(&self, room: &mut Room, bytes: usize) -> Result<(), CallError> {
@@ -95,6 +106,7 @@ impl Inbox {
 /// Puts a body together from its frames; `take` is asked before each is kept.
 async fn collect<B>(
     mut body: B,
+    client: Option<&Arc<Client>>,
     max_message_bytes: usize,
     mut take: impl FnMut(usize) -> Result<(), CallError>,
 ) -> Result<Body, CallError>
@@ -105,16 +117,28 @@ where
     // Nearly every request comes in one frame, which is not copied.
     let mut first = Bytes::new();
     let mut all = BytesMut::new();
+    let mut wait: Option<Wait> = None;
     while !body.is_end_stream() {
-        let frame = tokio::time::timeout_at(deadline, body.frame())
-            .await
-            .map_err(|_| CallError::request_too_slow(BODY_TIMEOUT))?;
+        let frame = match body.frame().now_or_never() {
+            Some(frame) => frame,
+            None => {
+                if wait.is_none() {
+                    wait = client.map(|client| client.wait(first.len() + all.len()));
+                }
+                tokio::time::timeout_at(deadline, body.frame())
+                    .await
+                    .map_err(|_| CallError::request_too_slow(BODY_TIMEOUT))?
+            }
+        };
         let Some(frame) = frame else { break };
         let frame = frame.map_err(|_| CallError::request_broken_off())?;
         let Ok(data) = frame.into_data() else {
             continue;
         };
         take(data.len())?;
+        if let Some(wait) = &mut wait {
+            wait.add(data.len());
+        }
         if first.is_empty() && all.is_empty() {
             first = data;
         } else {
@@ -176,7 +200,7 @@ mod tests {
     }
 
     async fn refused(inbox: &Inbox, pieces: Vec<Vec<u8>>, ends: bool) -> CallError {
-        let received = inbox.receive(body(pieces, ends)).await;
+        let received = inbox.receive(body(pieces, ends), None).await;
         received.map(|_| ()).unwrap_err()
     }
 
@@ -186,7 +210,7 @@ mod tests {
         for size in [1, 3, 5, 54, 55] {
             let inbox = inbox();
             let pieces = whole.chunks(size).map(<[u8]>::to_vec).collect();
-            let (received, room) = inbox.receive(body(pieces, true)).await.unwrap();
+            let (received, room) = inbox.receive(body(pieces, true), None).await.unwrap();
             let received = received.collect().await.unwrap().to_bytes();
             assert_eq!(received, whole);
             assert_eq!(inbox.room.available_permits(), 45);
@@ -209,16 +233,29 @@ mod tests {
     #[tokio::test]
     async fn what_is_in_flight_leaves_less_room_for_others() {
         let inbox = inbox();
-        let (_, held) = inbox.receive(body(vec![message(50)], true)).await.unwrap();
+        let (_, held) = inbox
+            .receive(body(vec![message(50)], true), None)
+            .await
+            .unwrap();
         let pieces = message(50).chunks(10).map(<[u8]>::to_vec).collect();
         let error = refused(&inbox, pieces, true).await;
         assert_eq!(error.code, Code::ResourceExhausted);
         // A small one still comes through, and a health call always does.
-        let small = inbox.receive(body(vec![message(40)], true)).await.unwrap();
-        let health = inbox.receive_health(body(vec![message(40)], true)).await;
+        let small = inbox
+            .receive(body(vec![message(40)], true), None)
+            .await
+            .unwrap();
+        let health = inbox
+            .receive_health(body(vec![message(40)], true), None)
+            .await;
         assert!(health.is_ok());
         drop((held, small));
-        assert!(inbox.receive(body(vec![message(50)], true)).await.is_ok());
+        assert!(
+            inbox
+                .receive(body(vec![message(50)], true), None)
+                .await
+                .is_ok()
+        );
     }
 
     #[tokio::test(start_paused = true)]

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use prost::Message;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status};
 
@@ -54,7 +55,7 @@ impl Service {
     }
 
     /// Tells what has come of a call and makes its reply.
-    fn finish<T>(
+    fn finish<T: Message>(
         &self,
         context: &CallContext,
         result: Result<Replied<T>, CallError>,
@@ -62,6 +63,7 @@ impl Service {
         match result {
             Ok(replied) => {
                 context.succeeds(replied.result, replied.backend);
+                context.replies_with(replied.message.encoded_len());
                 Ok(Response::new(replied.message))
             }
             Err(error) => Err(context.refuse(error, self.store.backend())),
@@ -280,6 +282,7 @@ impl Service {
         let prefix = self.limits.prefix(request.prefix)?;
         let permit = self.scan_permit()?;
         let answer = self.store.load_all(&prefix, context.deadline()).await?;
+        context.replies_with(load_all::BYTES);
         Ok(load_all::messages(answer, context, permit))
     }
 }

@@ -127,7 +127,7 @@ label! {
 }
 
 label! {
-    /// Why a connection of a client did not come about.
+    /// Why a connection of a client was refused or closed.
     ConnectionFailure {
         /// Over the setting.
         MaxConnections = "max-connections",
@@ -135,6 +135,8 @@ label! {
         Handshake = "handshake",
         /// It did not begin in time.
         Timeout = "timeout",
+        /// It held the most of what waits for clients, when there was too much.
+        Slow = "slow",
     }
 }
 
@@ -381,7 +383,7 @@ impl Meters {
             connection_failures: each(ConnectionFailure::ALL, |reason| {
                 counter(
                     "connection_failures_total",
-                    "Connections of gRPC clients that did not come about, by the reason.",
+                    "Connections of gRPC clients that were refused or closed, by the reason.",
                     &[("reason", reason.name())],
                 )
             }),
@@ -553,7 +555,7 @@ pub fn connection_opens() -> OpenConnection {
     OpenConnection(())
 }
 
-/// A connection of a client did not come about.
+/// A connection of a client was refused or closed.
 pub fn connection_failed(reason: ConnectionFailure) {
     METERS.connection_failures[reason as usize].increment(1);
 }

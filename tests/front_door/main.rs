@@ -4,9 +4,12 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod abuse;
 mod clients;
+mod limits;
 mod rotation;
 mod settings;
+mod wire;
 
 use std::path::{Path, PathBuf};
 

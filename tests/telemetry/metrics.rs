@@ -118,7 +118,7 @@ fn assert_all_zero(scrape: &Scrape) {
     for limit in ["max-concurrent-calls", "max-inflight-bytes", "max-scans"] {
         zero(&format!(r#"calls_shed_total{{limit="{limit}"}}"#));
     }
-    for reason in ["max-connections", "handshake", "timeout"] {
+    for reason in ["max-connections", "handshake", "timeout", "slow"] {
         zero(&format!(
             r#"connection_failures_total{{reason="{reason}"}}"#
         ));

@@ -1,0 +1,347 @@
+//! Clients that mean harm, or are badly broken: what the service spends on them, and
+//! what others notice. `make abuse` does it at full size and prints a table.
+
+use std::time::{Duration, Instant};
+
+use groupstate::grpc::proto as pb;
+use rustix::process::{Resource, getrlimit, setrlimit};
+use tokio::{net::TcpStream, task::JoinSet};
+
+use crate::{
+    common::service::{Client, Service},
+    start, wire,
+    wire::{
+        CONTINUATION, DATA, END_HEADERS, END_STREAM, HEADERS, PING, RST_STREAM, SETTINGS, Wire,
+        frame,
+    },
+};
+
+/// How to misbehave.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Abuse {
+    /// Connections that never send anything.
+    HalfOpen,
+    /// Connections of HTTP/2 without a call.
+    Idle,
+    /// Headers that come byte by byte.
+    DrippingHeaders,
+    /// Bodies that come byte by byte, in many calls on each connection.
+    DrippingBodies,
+    /// Large replies that nobody takes, in many calls on each connection.
+    UnreadReplies,
+    /// Watches of health, which need no token.
+    Watches,
+    /// Calls that are reset as soon as they have begun.
+    RapidReset,
+    /// PINGs whose answers nobody reads.
+    PingFlood,
+    /// SETTINGS whose answers nobody reads.
+    SettingsFlood,
+    /// Headers that never end.
+    EndlessHeaders,
+}
+
+/// How much of it.
+#[derive(Clone, Copy)]
+struct Size {
+    connections: usize,
+    lasts: Duration,
+}
+
+/// What it came to.
+#[derive(Debug)]
+struct Toll {
+    before: usize,
+    peak: usize,
+    after: usize,
+    /// Connections of the abuser that the service had when it was worst.
+    connections: f64,
+    honest_calls: usize,
+    failed: usize,
+    slowest: Duration,
+}
+
+/// What the service may spend on any of them.
+const MOST: usize = 200 << 20;
+
+/// An honest call is answered within this.
+const SOON: Duration = Duration::from_secs(1);
+
+/// The largest document.
+const LARGE: usize = 1_000_000;
+
+const STORE: &str = "/groupstate.v1.GroupStateService/Store";
+const LOAD: &str = "/groupstate.v1.GroupStateService/Load";
+const WATCH: &str = "/grpc.health.v1.Health/Watch";
+
+const MIB: usize = 1 << 20;
+
+// === impl Abuse ===
+
+impl Abuse {
+    const ALL: [Self; 10] = [
+        Self::HalfOpen,
+        Self::Idle,
+        Self::DrippingHeaders,
+        Self::DrippingBodies,
+        Self::UnreadReplies,
+        Self::Watches,
+        Self::RapidReset,
+        Self::PingFlood,
+        Self::SettingsFlood,
+        Self::EndlessHeaders,
+    ];
+
+    /// What `make abuse` does.
+    fn full(self) -> Size {
+        let connections = match self {
+            Self::HalfOpen | Self::Idle => 10_000,
+            Self::DrippingHeaders => 2_000,
+            Self::DrippingBodies | Self::Watches => 100,
+            Self::UnreadReplies => 8,
+            Self::RapidReset | Self::PingFlood | Self::SettingsFlood | Self::EndlessHeaders => 16,
+        };
+        Size {
+            connections,
+            lasts: Duration::from_secs(8),
+        }
+    }
+
+    /// Enough to see that it is noticed.
+    fn short(self) -> Size {
+        let full = self.full();
+        Size {
+            connections: full.connections.div_ceil(10).min(500),
+            lasts: Duration::from_secs(2),
+        }
+    }
+
+    /// One connection that misbehaves until it is closed.
+    async fn connection(self, addr: String) -> std::io::Result<()> {
+        if self == Self::HalfOpen {
+            let tcp = TcpStream::connect(&addr).await?;
+            Wire { tcp }.drain().await;
+            return Ok(());
+        }
+        let mut wire = match self {
+            Self::UnreadReplies => Wire::connect_and_read_nothing(&addr).await?,
+            _ => Wire::connect(&addr).await?,
+        };
+        let headers = |path| wire::headers(path);
+        let streams = (1..).step_by(2);
+        match self {
+            Self::HalfOpen => {}
+            Self::Idle => wire.drain().await,
+            Self::DrippingHeaders => {
+                let bytes = frame(HEADERS, END_HEADERS, 1, &headers(STORE));
+                for byte in bytes.iter().cycle() {
+                    wire.send(&[*byte]).await?;
+                    tokio::time::sleep(Duration::from_millis(500)).await;
+                }
+            }
+            Self::DrippingBodies => {
+                // They announce a message that is as large as may be.
+                let begin = [0, 0, 0xff, 0xff, 0xff];
+                for stream in streams.clone().take(100) {
+                    wire.send(&frame(HEADERS, END_HEADERS, stream, &headers(STORE)))
+                        .await?;
+                    wire.send(&frame(DATA, 0, stream, &begin)).await?;
+                }
+                loop {
+                    for stream in streams.clone().take(100) {
+                        wire.send(&frame(DATA, 0, stream, &[0])).await?;
+                    }
+                    tokio::time::sleep(Duration::from_millis(500)).await;
+                }
+            }
+            Self::UnreadReplies => {
+                let body = message(&pb::LoadRequest {
+                    key: "large".into(),
+                    include_expire_time: false,
+                });
+                for stream in streams.take(1_000) {
+                    wire.send(&frame(HEADERS, END_HEADERS, stream, &headers(LOAD)))
+                        .await?;
+                    wire.send(&frame(DATA, END_STREAM, stream, &body)).await?;
+                }
+                wire.drain().await;
+            }
+            Self::Watches => {
+                for stream in streams.take(1_000) {
+                    wire.send(&frame(HEADERS, END_HEADERS, stream, &headers(WATCH)))
+                        .await?;
+                    wire.send(&frame(DATA, END_STREAM, stream, &[0; 5])).await?;
+                }
+                wire.drain().await;
+            }
+            Self::RapidReset => {
+                for stream in streams {
+                    let mut both = frame(HEADERS, END_HEADERS, stream, &headers(STORE));
+                    both.extend(frame(RST_STREAM, 0, stream, &[0, 0, 0, 8]));
+                    wire.send(&both).await?;
+                }
+            }
+            Self::PingFlood => {
+                let many = frame(PING, 0, 0, &[0; 8]).repeat(1_000);
+                loop {
+                    wire.send(&many).await?;
+                }
+            }
+            Self::SettingsFlood => {
+                let many = frame(SETTINGS, 0, 0, &[]).repeat(1_000);
+                loop {
+                    wire.send(&many).await?;
+                }
+            }
+            Self::EndlessHeaders => {
+                wire.send(&frame(HEADERS, 0, 1, &headers(STORE))).await?;
+                let mut more = vec![0x00, 1, b'x', 100];
+                more.extend([b'x'; 100]);
+                let many = frame(CONTINUATION, 0, 1, &more.repeat(100));
+                loop {
+                    wire.send(&many).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Does it to a service, beside an honest client.
+    async fn commit(self, size: Size) -> Toll {
+        raise_open_files();
+        let service = start(&[]);
+        let mut honest = service.client().await;
+        store_large(&mut honest).await;
+        let before = service.resident_bytes();
+
+        let mut crowd = JoinSet::new();
+        let ends = Instant::now() + size.lasts;
+        for _ in 0..size.connections {
+            let addr = service.addr().to_owned();
+            crowd.spawn(async move {
+                while Instant::now() < ends {
+                    // What the service closes is opened again.
+                    let connection = self.connection(addr.clone());
+                    let _ = tokio::time::timeout(ends - Instant::now(), connection).await;
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            });
+        }
+        let mut toll = Toll {
+            before,
+            peak: before,
+            after: 0,
+            connections: 0.0,
+            honest_calls: 0,
+            failed: 0,
+            slowest: Duration::ZERO,
+        };
+        while Instant::now() < ends {
+            toll.visit(&mut honest, &service).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        crowd.shutdown().await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        toll.after = service.resident_bytes();
+        toll
+    }
+}
+
+// === impl Toll ===
+
+impl Toll {
+    /// A few honest calls, of which one is on a new connection.
+    async fn visit(&mut self, honest: &mut Client, service: &Service) {
+        let mut newcomer = crate::client(service, None);
+        for client in [honest, &mut newcomer] {
+            let request = pb::LoadRequest {
+                key: "small".into(),
+                include_expire_time: false,
+            };
+            let begin = Instant::now();
+            let answer = tokio::time::timeout(Duration::from_secs(10), client.load(request)).await;
+            self.honest_calls += 1;
+            self.failed += usize::from(!matches!(answer, Ok(Ok(_))));
+            self.slowest = self.slowest.max(begin.elapsed());
+        }
+        self.peak = self.peak.max(service.resident_bytes());
+        self.connections = self.connections.max(service.metric("connections").await);
+    }
+
+    fn row(&self, abuse: Abuse, size: Size) -> String {
+        format!(
+            "{:<16} {:>6} {:>8} {:>7} {:>7} {:>7} {:>8} {:>7} {:>8?}",
+            format!("{abuse:?}"),
+            size.connections,
+            self.connections,
+            self.before / MIB,
+            self.peak / MIB,
+            self.after / MIB,
+            self.honest_calls,
+            self.failed,
+            Duration::from_millis(self.slowest.as_millis() as u64),
+        )
+    }
+}
+
+const HEADING: &str = "abuse             tried  at once  before    peak   after    calls  failed  slowest\n\
+                       \u{20}                               MiB     MiB     MiB   honest";
+
+fn message(message: &impl prost::Message) -> Vec<u8> {
+    let body = message.encode_to_vec();
+    let mut bytes = vec![0];
+    bytes.extend((body.len() as u32).to_be_bytes());
+    bytes.extend(body);
+    bytes
+}
+
+/// A small group, and one that is as large as may be.
+async fn store_large(client: &mut Client) {
+    for (key, bytes) in [("small", 10), ("large", LARGE)] {
+        let alert = pb::Alert {
+            fingerprint: "f".into(),
+            status: pb::AlertStatus::Firing.into(),
+            annotations: [("text".to_owned(), "x".repeat(bytes))].into(),
+            ..Default::default()
+        };
+        let group = pb::AlertGroup {
+            key: key.into(),
+            alerts: [("f".to_owned(), alert)].into(),
+            metadata: Some(pb::GroupMetadata {
+                state: pb::GroupState::Firing.into(),
+                ..Default::default()
+            }),
+        };
+        let request = pb::StoreRequest {
+            group: Some(group),
+            expiry: None,
+        };
+        client.store(request).await.unwrap();
+    }
+}
+
+/// The clients of this test are many.
+fn raise_open_files() {
+    let mut files = getrlimit(Resource::Nofile);
+    files.current = files.maximum;
+    setrlimit(Resource::Nofile, files).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes minutes: `make abuse`"]
+async fn at_full_size() {
+    println!("{HEADING}");
+    let mut wrong = Vec::new();
+    for abuse in Abuse::ALL {
+        if std::env::var("ABUSE").is_ok_and(|only| only != format!("{abuse:?}")) {
+            continue;
+        }
+        let size = abuse.full();
+        let toll = abuse.commit(size).await;
+        println!("{}", toll.row(abuse, size));
+        if toll.peak - toll.before > MOST || toll.failed > 0 || toll.slowest > SOON {
+            wrong.push(abuse);
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:?}");
+}

@@ -1,0 +1,326 @@
+//! Every limit has its setting and says its name; ages and numbers of connections.
+
+use std::time::{Duration, Instant};
+
+use groupstate::grpc::proto as pb;
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+use crate::{
+    common::{redis_server::RedisServer, service::Service, wait_until},
+    wire,
+    wire::{DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, RST_STREAM, Wire, frame},
+};
+
+const STORE: &str = "/groupstate.v1.GroupStateService/Store";
+
+fn group(key: &str, alerts: usize, bytes: usize) -> pb::AlertGroup {
+    let alert = |number: usize| {
+        let fingerprint = format!("f{number}");
+        let alert = pb::Alert {
+            fingerprint: fingerprint.clone(),
+            status: pb::AlertStatus::Firing.into(),
+            annotations: [("text".to_owned(), "x".repeat(bytes))].into(),
+            ..Default::default()
+        };
+        (fingerprint, alert)
+    };
+    pb::AlertGroup {
+        key: key.into(),
+        alerts: (0..alerts).map(alert).collect(),
+        metadata: Some(pb::GroupMetadata {
+            state: pb::GroupState::Firing.into(),
+            ..Default::default()
+        }),
+    }
+}
+
+async fn store(service: &Service, groups: Vec<pb::AlertGroup>) -> Result<(), Status> {
+    let mut client = service.client().await;
+    match <[_; 1]>::try_from(groups) {
+        Ok([group]) => {
+            let group = Some(group);
+            let request = pb::StoreRequest {
+                group,
+                expiry: None,
+            };
+            client.store(request).await?;
+        }
+        Err(groups) => {
+            let request = pb::StoreAllRequest {
+                groups,
+                expiry: None,
+            };
+            client.store_all(request).await?;
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_limit_of_a_request_lets_the_largest_through_and_names_itself() {
+    for (setting, within, beyond, code) in [
+        (
+            ["--max-key-bytes", "10"],
+            vec![group("0123456789", 1, 1)],
+            vec![group("0123456789x", 1, 1)],
+            Code::InvalidArgument,
+        ),
+        (
+            ["--max-document-bytes", "1KiB"],
+            vec![group("k", 1, 500)],
+            vec![group("k", 1, 1_100)],
+            Code::InvalidArgument,
+        ),
+        (
+            ["--max-alerts-per-group", "3"],
+            vec![group("k", 3, 1)],
+            vec![group("k", 4, 1)],
+            Code::InvalidArgument,
+        ),
+        (
+            ["--max-groups-per-batch", "2"],
+            vec![group("a", 1, 1), group("b", 1, 1)],
+            vec![group("a", 1, 1), group("b", 1, 1), group("c", 1, 1)],
+            Code::InvalidArgument,
+        ),
+        (
+            ["--max-request-bytes", "1KiB"],
+            vec![group("k", 1, 900)],
+            vec![group("k", 1, 1_100)],
+            Code::ResourceExhausted,
+        ),
+    ] {
+        let service = Service::start(&setting);
+        store(&service, within).await.expect(setting[0]);
+        let refused = store(&service, beyond).await.unwrap_err();
+        assert_eq!(refused.code(), code, "{refused:?}");
+        // In the message, so that whoever reads it can act.
+        assert!(refused.message().contains(setting[0]), "{refused:?}");
+    }
+}
+
+#[tokio::test]
+async fn requests_that_take_too_much_together_are_shed_and_health_is_not() {
+    let redis = RedisServer::start().await;
+    let service = Service::start(&[
+        "--redis-url",
+        &redis.url(),
+        "--max-request-bytes",
+        "600KiB",
+        "--max-inflight-bytes",
+        "1MiB",
+        // Calls have to wait for Redis.
+        "--trip-after",
+        "10s",
+        "--redis-timeout",
+        "5s",
+    ]);
+    let service = &service;
+    let large = |key| store(service, vec![group(key, 1, 595 << 10)]);
+    large("k").await.unwrap();
+    redis.process().signal("STOP");
+    let (first, ()) = tokio::join!(large("first"), async {
+        wait_until(
+            "the first is in flight",
+            Duration::from_secs(5),
+            async || service.metric("storage_operations_in_flight").await == 1.0,
+        )
+        .await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let begin = Instant::now();
+        let refused = large("second").await.unwrap_err();
+        assert!(begin.elapsed() < Duration::from_secs(1), "at once");
+        assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
+        assert!(refused.message().contains("--max-inflight-bytes"));
+        let info = refused.get_details_error_info().unwrap();
+        assert_eq!(info.reason, "OVERLOADED");
+        assert_eq!(info.metadata["limit"], "max-inflight-bytes");
+        assert!(refused.get_details_retry_info().is_some());
+        // Health is not asked for room.
+        let channel = crate::channel(service, None);
+        let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
+        let request = tonic_health::pb::HealthCheckRequest::default();
+        health.check(request).await.unwrap();
+        redis.process().signal("CONT");
+    });
+    first.unwrap();
+    large("third").await.unwrap();
+}
+
+#[tokio::test]
+async fn connections_beyond_the_limit_are_closed_until_there_is_room() {
+    let service = Service::start(&["--max-connections", "2"]);
+    let mut first = service.client().await;
+    let second = service.client().await;
+    let size = pb::SizeRequest::default;
+    first.size(size()).await.unwrap();
+    let third = Wire::connect(service.addr()).await;
+    if let Ok(third) = third {
+        let closed = tokio::time::timeout(Duration::from_secs(2), third.drain()).await;
+        assert!(closed.is_ok(), "it is left open");
+    }
+    service.wait_for_log("--max-connections", Duration::from_secs(1));
+    first.size(size()).await.unwrap();
+    drop(second);
+    let fourth = crate::client(&service, None);
+    wait_until("there is room", Duration::from_secs(5), || {
+        let mut fourth = fourth.clone();
+        async move { fourth.size(size()).await.is_ok() }
+    })
+    .await;
+}
+
+/// The client waits with more calls than `--max-streams-per-connection` on its own.
+#[tokio::test]
+async fn calls_beyond_the_limit_of_a_connection_wait_at_the_client() {
+    let redis = RedisServer::start().await;
+    let service = Service::start(&[
+        "--redis-url",
+        &redis.url(),
+        "--max-streams-per-connection",
+        "2",
+        "--trip-after",
+        "10s",
+        "--redis-timeout",
+        "5s",
+    ]);
+    let mut client = service.client().await;
+    // Until the first answer it does not know of the limit.
+    client.size(pb::SizeRequest::default()).await.unwrap();
+    redis.process().signal("STOP");
+    let calls: Vec<_> = (0..5)
+        .map(|number| {
+            let mut client = client.clone();
+            let group = Some(group(&format!("k{number}"), 1, 1));
+            let request = pb::StoreRequest {
+                group,
+                expiry: None,
+            };
+            tokio::spawn(async move { client.store(request).await })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(service.metric("storage_operations_in_flight").await, 2.0);
+    redis.process().signal("CONT");
+    for call in calls {
+        call.await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_call_that_crosses_the_age_of_its_connection_succeeds() {
+    let redis = RedisServer::start().await;
+    let service = Service::start(&[
+        "--redis-url",
+        &redis.url(),
+        "--max-connection-age",
+        "1s",
+        // The call has to wait for Redis; memory must not answer it.
+        "--trip-after",
+        "10s",
+        "--redis-timeout",
+        "5s",
+    ]);
+    let mut client = service.client().await;
+    store(
+        &service,
+        (0..30)
+            .map(|n| group(&format!("k{n}"), 1, 500_000))
+            .collect(),
+    )
+    .await
+    .unwrap();
+
+    // A stream whose reader takes its time.
+    let begin = Instant::now();
+    let stream = client.load_all(pb::LoadAllRequest::default()).await;
+    let mut stream = stream.unwrap().into_inner();
+    let mut groups = 0;
+    loop {
+        let message = stream.message().await.unwrap().expect("a summary");
+        groups += message.groups.len();
+        if message.summary.is_some() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert_eq!(groups, 30);
+    assert!(
+        begin.elapsed() > Duration::from_millis(1_100),
+        "older than the limit"
+    );
+
+    // A call that waits for Redis, on a new connection.
+    let mut client = service.client().await;
+    let groups = vec![group("slow", 1, 1)];
+    let expiry = None;
+    redis.process().signal("STOP");
+    let batch = client.store_all(pb::StoreAllRequest { groups, expiry });
+    let (reply, ()) = tokio::join!(batch, async {
+        tokio::time::sleep(Duration::from_millis(1_500)).await;
+        redis.process().signal("CONT");
+    });
+    let reply = reply.unwrap().into_inner();
+    assert!(reply.results[0].error.is_none(), "{reply:?}");
+    // And the connection is gone.
+    wait_until(
+        "the connection is closed",
+        Duration::from_secs(5),
+        async || service.metric("connections").await == 0.0,
+    )
+    .await;
+}
+
+/// h2 by itself takes 20 of them at once for a flood, and ends the connection with all
+/// calls on it.
+#[tokio::test]
+async fn calls_that_are_cancelled_in_a_hurry_do_no_harm_to_others_on_their_connection() {
+    let service = Service::start(&["--max-streams-per-connection", "1024"]);
+    let mut wire = Wire::connect(service.addr()).await.unwrap();
+    let headers = wire::headers(STORE);
+    // All in one piece, so that none has been looked at when the next one comes.
+    let mut hurry = Vec::new();
+    for stream in (1..).step_by(2).take(1_000) {
+        hurry.extend(frame(HEADERS, END_HEADERS, stream, &headers));
+        hurry.extend(frame(RST_STREAM, 0, stream, &[0, 0, 0, 8]));
+    }
+    wire.send(&hurry).await.unwrap();
+    // A call whose message is empty, which is an answer of its own.
+    wire.send(&frame(HEADERS, END_HEADERS, 2_001, &headers))
+        .await
+        .unwrap();
+    wire.send(&frame(DATA, END_STREAM, 2_001, &[0; 5]))
+        .await
+        .unwrap();
+    let seen = wire.frames_until(|kind, stream| stream == 2_001 || kind == GOAWAY);
+    let seen = tokio::time::timeout(Duration::from_secs(10), seen)
+        .await
+        .unwrap();
+    assert_eq!(seen, Some((HEADERS, 2_001)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_calls_on_one_connection_are_cancelled_after_a_millisecond() {
+    let service = Service::start(&[]);
+    let mut patient = service.client().await;
+    let calls: Vec<_> = (0..1_000)
+        .map(|_| {
+            let mut client = patient.clone();
+            tokio::spawn(async move {
+                let call = client.size(pb::SizeRequest::default());
+                match tokio::time::timeout(Duration::from_millis(1), call).await {
+                    // Shed by --max-scans, at the worst.
+                    Ok(Err(status)) => assert_eq!(status.code(), Code::ResourceExhausted),
+                    Ok(Ok(_)) | Err(_) => {}
+                }
+            })
+        })
+        .collect();
+    for call in calls {
+        call.await.unwrap();
+    }
+    // And the connection is the same.
+    patient.size(pb::SizeRequest::default()).await.unwrap();
+    assert_eq!(service.metric("connections").await, 1.0);
+}

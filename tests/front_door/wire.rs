@@ -1,0 +1,110 @@
+//! HTTP/2 as bytes, for clients that do what no library lets them do.
+
+use std::io;
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
+/// A connection on which anything may be sent.
+pub struct Wire {
+    pub tcp: TcpStream,
+}
+
+pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+pub const DATA: u8 = 0;
+pub const HEADERS: u8 = 1;
+pub const RST_STREAM: u8 = 3;
+pub const SETTINGS: u8 = 4;
+pub const PING: u8 = 6;
+pub const GOAWAY: u8 = 7;
+pub const CONTINUATION: u8 = 9;
+
+pub const END_STREAM: u8 = 1;
+pub const END_HEADERS: u8 = 4;
+
+/// The setting of the window of new streams.
+const INITIAL_WINDOW_SIZE: u16 = 4;
+
+// === impl Wire ===
+
+impl Wire {
+    /// Connects and begins HTTP/2, with settings of the default.
+    pub async fn connect(addr: &str) -> io::Result<Self> {
+        let mut wire = Self {
+            tcp: TcpStream::connect(addr).await?,
+        };
+        wire.send(PREFACE).await?;
+        wire.send(&frame(SETTINGS, 0, 0, &[])).await?;
+        Ok(wire)
+    }
+
+    /// The same, and takes no byte of any reply.
+    pub async fn connect_and_read_nothing(addr: &str) -> io::Result<Self> {
+        let mut wire = Self {
+            tcp: TcpStream::connect(addr).await?,
+        };
+        let mut window = INITIAL_WINDOW_SIZE.to_be_bytes().to_vec();
+        window.extend(0_u32.to_be_bytes());
+        wire.send(PREFACE).await?;
+        wire.send(&frame(SETTINGS, 0, 0, &window)).await?;
+        Ok(wire)
+    }
+
+    pub async fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.tcp.write_all(bytes).await
+    }
+
+    /// Reads frames until one is looked for; returns its type and its stream. None: the
+    /// server has closed.
+    pub async fn frames_until(
+        &mut self,
+        looked_for: impl Fn(u8, u32) -> bool,
+    ) -> Option<(u8, u32)> {
+        loop {
+            let mut head = [0; 9];
+            self.tcp.read_exact(&mut head).await.ok()?;
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+            let mut payload = vec![0; length as usize];
+            self.tcp.read_exact(&mut payload).await.ok()?;
+            let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
+            if looked_for(head[3], stream) {
+                return Some((head[3], stream));
+            }
+        }
+    }
+
+    /// Throws away what the server says, until it closes.
+    pub async fn drain(self) {
+        let mut tcp = self.tcp;
+        let mut buffer = [0; 16_384];
+        while tcp.read(&mut buffer).await.is_ok_and(|bytes| bytes > 0) {}
+    }
+}
+
+pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = (payload.len() as u32).to_be_bytes();
+    let mut frame = vec![length[1], length[2], length[3], kind, flags];
+    frame.extend(stream.to_be_bytes());
+    frame.extend(payload);
+    frame
+}
+
+/// The headers of a call, as HPACK: nothing is indexed but the names that are.
+pub fn headers(path: &str) -> Vec<u8> {
+    // :method POST, :scheme http
+    let mut block = vec![0x83, 0x86];
+    let mut text = |begin: &[u8], text: &str| {
+        block.extend(begin);
+        block.push(u8::try_from(text.len()).unwrap());
+        block.extend(text.bytes());
+    };
+    text(&[0x04], path);
+    text(&[0x01], "localhost");
+    text(&[0x0f, 0x10], "application/grpc");
+    text(&[0x00], "te");
+    text(&[], "trailers");
+    block
+}
