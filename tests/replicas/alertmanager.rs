@@ -50,40 +50,37 @@ async fn an_alertmanager_sends_to_three_replicas_and_every_alert_arrives() {
         .await;
     arrived(&site, &posted).await;
 
-    // A replica and an instance are away while the rest fires, and some is
-    // resolved.
+    // A replica and an instance are away while the rest fires, and while some is
+    // resolved. Only what was sent as firing is sent as resolved, so wait.
     site.replicas[0].kill();
-    site.services[0].kill();
+    site.services[1].kill();
     alertmanager
         .post(second, AlertStatus::Firing, &mut posted)
         .await;
+    arrived(&site, &posted).await;
     let some: Vec<usize> = (0..GROUPS).step_by(3).collect();
     alertmanager
         .post(&some, AlertStatus::Resolved, &mut posted)
         .await;
     tokio::time::sleep(Duration::from_secs(2)).await;
-    site.start_instance_again(0);
+    site.start_instance_again(1);
     site.replicas[0].launch_again();
     assert!(site.replicas[0].is_ready().await);
     arrived(&site, &posted).await;
 
-    // What the killed replica has missed it was sent again.
-    assert!(
-        alertmanager
-            .metric("alertmanager_notification_requests_failed_total")
-            .await
-            > 0.0
-    );
-    for replica in &site.replicas {
-        wait_until(
-            "every replica was sent the groups",
-            ARRIVES_WITHIN,
-            async || replica.metric("changes_total").await >= second.len() as u64,
-        )
-        .await;
-    }
+    // What the killed replica has missed it is sent again.
+    let failed = "alertmanager_notification_requests_failed_total";
+    assert!(alertmanager.metric(failed).await > 0.0);
+    wait_until(
+        "the replica is sent groups again",
+        ARRIVES_WITHIN,
+        async || site.replicas[0].metric("changes_total").await > 0,
+    )
+    .await;
+    // What was repeated late may have said "firing" once more, after others had
+    // said "resolved": the next notification puts that right.
     site.settled().await;
-    assert_eq!(found(&site.groups().await), posted);
+    arrived(&site, &posted).await;
 }
 
 async fn arrived(site: &Site, posted: &Posted) {
