@@ -67,6 +67,10 @@ impl Fault {
 /// those of TLS as `Custom { kind: InvalidData, error: … }`.
 pub fn readable(error: &Error) -> &str {
     let text = error.details();
+    if text == "channel closed" {
+        // Who should have answered is gone.
+        return "the connection was given up";
+    }
     if let Some((_, message)) = text.split_once("message: \"")
         && text.starts_with("Os {")
     {
