@@ -261,10 +261,14 @@ async fn the_acl_line_is_enough_for_every_call_on_a_cluster() {
 
 /// All servers of all tests know the service by this line.
 #[test]
-fn the_acl_line_is_the_one_of_the_file() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/redis/groupstate.acl");
-    let line = fs::read_to_string(path).unwrap();
-    assert!(readme().contains(&format!("\n{line}```\n")), "{line}");
+fn the_acl_lines_are_those_of_the_files() {
+    for file in ["groupstate.acl", "sentinel.acl"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("deploy/redis")
+            .join(file);
+        let line = fs::read_to_string(path).unwrap();
+        assert!(readme().contains(&format!("\n{line}```\n")), "{line}");
+    }
 }
 
 async fn makes_every_call_under_the_acl_line(url: &str, nodes: &[&RedisServer]) {

@@ -257,7 +257,8 @@ async fn scripts_reach_servers_that_do_not_know_them() {
     let key = ["group:k/0".to_owned()];
     let from = RedisCluster::owner_of(slot);
     scene.cluster.migrate(slot, from, 3, &key).await;
-    assert_eq!(scene.store_all(&["c"]).await, [REDIS; KEYS]);
+    let backends = scene.store_all(&["c"]).await;
+    assert_eq!(backends, [REDIS; KEYS], "{:#?}", scene.service.log());
     scene.holds_all(&["c"]).await;
     let mut last = scene.cluster.primaries[3].connect().await;
     let held = redis_command(&mut last, &["EXISTS", "group:k/0"]).await;

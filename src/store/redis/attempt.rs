@@ -51,6 +51,9 @@ pub struct Attempts<'a> {
     timed_out: bool,
     /// Whether the last attempt was redirected.
     redirected: bool,
+    /// Whether the last attempt was none, since its connection did not lead to the
+    /// server.
+    unrouted: bool,
     /// Why the last attempt failed.
     reason: String,
 }
@@ -141,13 +144,15 @@ impl<'a> Attempts<'a> {
             made: 0,
             timed_out: false,
             redirected: false,
+            unrouted: false,
             reason: String::new(),
         }
     }
 
     /// Goes on after a first attempt that was made elsewhere.
     pub fn after_first(mut self, fault: &Fault) -> Self {
-        self.made = 1;
+        self.unrouted = *fault == Fault::NoRoute;
+        self.made = u32::from(!self.unrouted);
         self.redirected = *fault == Fault::Redirected;
         self
     }
@@ -156,10 +161,13 @@ impl<'a> Attempts<'a> {
     /// attempts or the time are used up.
     pub async fn next(&mut self) -> Option<Attempt> {
         while self.made < Self::MOST {
-            if self.made > 0 {
-                // No pause may take the time of an answer.
-                let left = self.end.saturating_duration_since(Instant::now());
-                let longest = (Self::FIRST_PAUSE * 2u32.pow(self.made - 1)).min(left / 4);
+            // No pause may take the time of an answer.
+            let most = self.end.saturating_duration_since(Instant::now()) / 4;
+            if self.unrouted {
+                // It will in a moment.
+                tokio::time::sleep(Self::FIRST_PAUSE.min(most)).await;
+            } else if self.made > 0 {
+                let longest = (Self::FIRST_PAUSE * 2u32.pow(self.made - 1)).min(most);
                 tokio::time::sleep(longest.mul_f64(rand::random())).await;
             }
             if let Some(trail) = self.trail {
@@ -210,7 +218,12 @@ impl<'a> Attempts<'a> {
     pub fn failed(&mut self, attempt: &Attempt, fault: Fault) -> Result<(), NotDone> {
         self.timed_out |= Instant::now() >= attempt.answer_by;
         self.redirected = fault == Fault::Redirected;
+        self.unrouted = fault == Fault::NoRoute;
         match fault {
+            Fault::NoRoute => {
+                self.made -= 1;
+                self.reason = "one of its servers is not connected yet".into();
+            }
             Fault::Final(error) => return Err(NotDone::answered(error)),
             Fault::NotRun(text) | Fault::Lost(text) => self.reason = text,
             Fault::Redirected => self.reason = "keys are moving between its servers".into(),

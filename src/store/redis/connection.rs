@@ -34,6 +34,9 @@ pub struct Way {
     access: Mutex<Arc<Access>>,
     /// None until it is known where Redis is.
     link: Mutex<Option<Arc<Link>>>,
+    /// Held by whoever goes over to another link, so that a new password does not
+    /// lead back to an old primary.
+    moving: tokio::sync::Mutex<()>,
     events: Arc<Events>,
 }
 
@@ -52,6 +55,7 @@ impl Connections {
             timeout: settings.timeout(),
             access: Mutex::new(Arc::new(access)),
             link: Mutex::default(),
+            moving: tokio::sync::Mutex::default(),
             events: Arc::new(Events::new()),
         });
         let mut tasks = JoinSet::new();
@@ -59,7 +63,7 @@ impl Connections {
             Deployment::Sentinel(deployment) => {
                 tasks.spawn(sentinel::follow(way.clone(), deployment));
             }
-            _ => way.use_link(way.link_to(None)?),
+            _ => way.use_link(way.open_link(None)?),
         }
         tasks.spawn(renew(way.clone(), settings.clone()));
         Ok(Self {
@@ -188,12 +192,13 @@ impl Way {
         &self.events
     }
 
-    fn link(&self) -> Option<Arc<Link>> {
+    /// The link that is used now. None until it is known where Redis is.
+    pub fn link(&self) -> Option<Arc<Link>> {
         lock(&self.link).clone()
     }
 
     /// Opens a link, to `server` where that is found out by asking sentinels.
-    pub fn link_to(&self, server: Option<&Server>) -> Result<Link, StoreError> {
+    fn open_link(&self, server: Option<&Server>) -> Result<Link, StoreError> {
         Link::open(
             server.cloned(),
             self.access().config(server),
@@ -203,10 +208,16 @@ impl Way {
         )
     }
 
+    /// Goes over to the primary that sentinels name.
+    pub async fn move_to(&self, primary: &Server) -> Result<(), StoreError> {
+        let _moving = self.moving.lock().await;
+        self.replace_link(Some(primary)).await
+    }
+
     /// Opens a link, and waits until it is connected, but not for long: if it takes
     /// its time, it is used all the same.
-    pub async fn move_to(&self, server: Option<&Server>) -> Result<(), StoreError> {
-        let link = self.link_to(server)?;
+    async fn replace_link(&self, server: Option<&Server>) -> Result<(), StoreError> {
+        let link = self.open_link(server)?;
         let connected = async {
             while !link.is_connected() {
                 tokio::time::sleep(Connections::CONNECTED_POLL).await;
@@ -221,12 +232,10 @@ impl Way {
     /// agrees. Otherwise why it does not.
     async fn renew(&self, settings: &RedisSettings) -> Result<(), String> {
         let access = settings.access()?;
-        let link = self.link();
-        let server = link.as_ref().and_then(|link| link.server());
-        if link.is_some() {
+        if let Some(link) = self.link() {
             let config = Config {
                 fail_fast: true,
-                ..access.config(server)
+                ..access.config(link.server())
             };
             let client = Client::new(config, None, None, None);
             match tokio::time::timeout(Self::TRIAL_BOUND, client.init()).await {
@@ -235,17 +244,20 @@ impl Way {
                 Err(_) => return Err("no answer in time".into()),
             }
         }
+        let _moving = self.moving.lock().await;
         *lock(&self.access) = Arc::new(access);
-        if link.is_some() {
-            let moved = self.move_to(server).await;
-            moved.map_err(|error| error.to_string())?;
+        match self.link() {
+            Some(link) => {
+                let replaced = self.replace_link(link.server()).await;
+                replaced.map_err(|error| error.to_string())
+            }
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// From now on calls take this link. Those that are under way on the one
     /// before end there; then it is closed.
-    pub fn use_link(&self, link: Link) {
+    fn use_link(&self, link: Link) {
         *lock(&self.link) = Some(Arc::new(link));
         self.events.moved_on();
     }

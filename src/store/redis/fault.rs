@@ -12,6 +12,9 @@ pub enum Fault {
     /// It surely was not executed: Redis refused it, or it was never sent. It
     /// may be repeated freely.
     NotRun(String),
+    /// This connection does not lead to the server yet: a cluster has changed, and
+    /// only others have noticed.
+    NoRoute,
     /// It may have been executed: the answer is missing.
     Lost(String),
     /// The server does not know the script; load it and repeat.
@@ -37,7 +40,7 @@ impl Fault {
             ErrorKind::Routing if text == "Too many redirections." => Self::Redirected,
             // fred could not find a connection to write to.
             ErrorKind::Routing | ErrorKind::Backpressure | ErrorKind::Config => Self::NotRun(text),
-            _ if text == "Failed to route command." => Self::NotRun(text),
+            _ if text == "Failed to route command." => Self::NoRoute,
             _ => Self::Lost(text),
         }
     }
@@ -85,6 +88,10 @@ impl Fault {
 /// those of TLS as `Custom { kind: InvalidData, error: … }`.
 pub fn readable(error: &Error) -> &str {
     let text = error.details();
+    if text == "channel closed" {
+        // Who should have answered is gone.
+        return "the connection was given up";
+    }
     if let Some((_, message)) = text.split_once("message: \"")
         && text.starts_with("Os {")
     {
@@ -123,6 +130,8 @@ mod tests {
         }
         let error = Error::new(ErrorKind::Routing, "Too many redirections.");
         assert_eq!(Fault::of(&error), Fault::Redirected);
+        let error = Error::new(ErrorKind::Unknown, "Failed to route command.");
+        assert_eq!(Fault::of(&error), Fault::NoRoute);
         let error = Error::new(ErrorKind::Unknown, "NOSCRIPT No matching script.");
         assert_eq!(Fault::of(&error), Fault::NoScript);
         let error = Error::new(

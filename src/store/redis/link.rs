@@ -363,6 +363,11 @@ impl Events {
         self.cannot_connect(readable(error));
     }
 
+    /// Takes down why it is not known where to connect to.
+    pub fn has_no_address(&self, reason: &str) {
+        lock(&self.last).error = reason.to_owned();
+    }
+
     /// Takes down why there is no connection.
     pub fn cannot_connect(&self, reason: &str) {
         let mut last = lock(&self.last);

@@ -155,7 +155,7 @@ impl ScriptReply {
                 self.text(0).unwrap_or_default(),
             )),
             "unknown" => Fault::Final(StoreError::OutcomeUnknown),
-            "failed" => Fault::of_reply(&self.text(0).unwrap_or_default()),
+            "failed" => Fault::of_reply(plain(&self.text(0).unwrap_or_default())),
             other => Fault::Final(StoreError::Bug(format!("script status {other}"))),
         }
     }
@@ -176,6 +176,15 @@ impl ScriptReply {
     }
 }
 
+/// The error of a command that Redis refused to a script. Before version 7, it says
+/// where in the script that was: `@user_script: 155: -READONLY You can't …`.
+fn plain(error: &str) -> &str {
+    let error = error.trim_end();
+    let position = error.strip_prefix("@user_script");
+    let refused = position.and_then(|position| position.split_once(": -"));
+    refused.map_or(error, |(_, error)| error)
+}
+
 /// The SHA-1 digest of a text, as Redis writes it.
 pub fn sha1_hex(text: &str) -> String {
     let digest = Sha1::digest(text);
@@ -188,5 +197,22 @@ pub fn bytes(value: &Value) -> Option<Bytes> {
         Value::Bytes(bytes) => Some(bytes.clone()),
         Value::String(text) => Some(text.inner().clone()),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_the_same_on_every_version_of_redis() {
+        for error in [
+            "READONLY You can't write against a read only replica.",
+            "@user_script: 155: -READONLY You can't write against a read only replica.\r\n",
+        ] {
+            let expected = "READONLY You can't write against a read only replica.";
+            assert_eq!(plain(error), expected);
+        }
+        assert_eq!(plain("ERR a: -b"), "ERR a: -b");
     }
 }

@@ -86,7 +86,7 @@ pub async fn follow(way: Arc<Way>, deployment: SentinelDeployment) {
             let primary = &word.primary;
             tracing::info!(%primary, "the sentinels name another primary");
             // The old one is used until the new one is connected to.
-            if let Err(error) = way.move_to(Some(primary)).await {
+            if let Err(error) = way.move_to(primary).await {
                 way.events().cannot_connect(&error.to_string());
             }
         }
@@ -102,22 +102,34 @@ async fn ask_forever(
     words: mpsc::Sender<Word>,
 ) {
     let mut refused = 0;
+    let mut told = String::new();
     loop {
         let access = way.access();
         let logins = logins(&deployment, &access.credentials);
         let login = &logins[refused % logins.len()];
         let failed = match Sentinel::connect(&access, &host, &deployment, login).await {
-            Ok(sentinel) => sentinel.ask_while_it_answers(&words).await,
+            Ok(sentinel) => {
+                told.clear();
+                sentinel.ask_while_it_answers(&words).await
+            }
             Err(error) => error,
         };
         if is_about_login(&failed) {
-            // Nobody said what it wants: the next one.
             refused += 1;
+            if refused < logins.len() {
+                // Nobody said what it wants: perhaps the next one.
+                continue;
+            }
         }
         let reason = readable(&failed);
-        tracing::debug!(sentinel = %host, reason, "a sentinel does not answer");
-        way.events()
-            .cannot_connect(&format!("the sentinel at {host}: {reason}"));
+        if reason != told {
+            tracing::warn!(sentinel = %host, reason, "a sentinel does not answer, trying again");
+            told = reason.to_owned();
+        }
+        if way.link().is_none() {
+            way.events()
+                .has_no_address(&format!("the sentinel at {host}: {reason}"));
+        }
         tokio::time::sleep(PAUSE).await;
     }
 }

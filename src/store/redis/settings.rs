@@ -227,6 +227,7 @@ impl Access {
                     // The nodes of the URL may be gone some day.
                     policy: ClusterDiscoveryPolicy::UseCache,
                 },
+                // Nobody connects before a sentinel has named the primary.
                 (None, Deployment::Sentinel(sentinel)) => ServerConfig::new_sentinel(
                     Vec::<(String, u16)>::new(),
                     sentinel.service.clone(),
