@@ -64,7 +64,7 @@ impl Fault {
             Self::NotRun(text) | Self::Lost(text) if is_reply_of_redis(text) => {
                 text.split(' ').next().unwrap_or_default().to_owned().into()
             }
-            Self::NotRun(_) => "not_sent".into(),
+            Self::NotRun(_) | Self::NoRoute => "not_sent".into(),
             Self::Lost(_) => "no_answer".into(),
             Self::NoScript => "NOSCRIPT".into(),
             Self::Redirected => "redirected".into(),
