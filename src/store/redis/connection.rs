@@ -13,8 +13,9 @@ use super::{
     fault::readable,
     link::{Events, Link, NoPong, lock},
     sentinel,
-    settings::{Access, Deployment, RedisSettings},
+    settings::{Access, RedisSettings},
     topology::Topology,
+    url::Deployment,
 };
 use crate::store::StoreError;
 

@@ -1,12 +1,18 @@
 //! The Redis store: one string key a group, one script call a write.
 //!
-//! This folder is the only place that knows fred. `settings.rs` and `tls.rs` say
-//! where Redis is, `link.rs` is a pool of connections, `connection.rs` the one
-//! that is used now, `sentinel.rs` finds the primary where sentinels know it.
-//! `attempt.rs` decides when a call is repeated, `fault.rs` what an error means,
-//! `topology.rs` which server holds a key, `script.rs` and the `.lua` files do
-//! the work on one key, `write.rs` says it in their terms, `scan.rs` lists,
-//! `alone.rs` is Redis as a store without a fallback.
+//! This folder is the only place that knows fred.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | `url.rs`, `settings.rs`, `tls.rs` | where Redis is and how to reach it |
+//! | `link.rs` | a pool of connections, and what is known of its other end |
+//! | `connection.rs` | the link that is used now, and how it gives way to another |
+//! | `sentinel.rs` | the primary, as sentinels name it |
+//! | `attempt.rs`, `fault.rs` | when a call is repeated; what an error means for that |
+//! | `topology.rs` | which server holds a key |
+//! | `script.rs`, the `.lua` files | the work on one key; `write.rs` says it in their terms |
+//! | `scan.rs`, `server_info.rs` | listings; what a server says of itself |
+//! | `alone.rs` | Redis as a store without a fallback |
 
 mod alone;
 mod attempt;
@@ -20,6 +26,7 @@ mod server_info;
 mod settings;
 mod tls;
 mod topology;
+mod url;
 mod write;
 
 use std::time::Duration;

@@ -20,7 +20,8 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{
     connection::Way,
     fault::readable,
-    settings::{Access, Credentials, SentinelDeployment},
+    settings::Access,
+    url::{Credentials, SentinelDeployment},
 };
 
 /// What a sentinel says.
