@@ -2,7 +2,7 @@
 # `run` needs Rust, gcc and make; the rest needs what `tools` installs.
 
 .DEFAULT_GOAL := help
-.PHONY: run test chaos lint dist tools proto-image prometheus-rule clean-tools next-step help
+.PHONY: run test chaos abuse lint dist tools proto-image prometheus-rule clean-tools next-step help
 .NOTPARALLEL:
 
 PROTO_IMAGE := proto/groupstate.v1.binpb
@@ -21,6 +21,9 @@ test: tools ## Install what the tests need, then run them all
 chaos: tools ## Try many fault schedules; SEEDS=1..100 (or a count), POLICY=discard or reconcile, JOBS=2 side by side
 	CHAOS_SEEDS='$(SEEDS)' CHAOS_POLICY='$(POLICY)' CHAOS_JOBS='$(JOBS)' \
 		cargo test --locked --test chaos many_seeds -- --ignored --nocapture
+
+abuse: ## Misbehave as clients in every way at full size, and print what it costs; ABUSE=Idle does one
+	cargo test --release --locked --test front_door at_full_size -- --ignored --nocapture
 
 lint: tools ## Check formatting, clippy, and that the proto is well-formed and compatible
 	cargo fmt --check
