@@ -90,6 +90,9 @@ const REDIS_START_BOUND: Duration = Duration::from_secs(1);
 /// The time to carry over what memory still holds, at the end.
 const LAST_TRY: Duration = Duration::from_secs(5);
 
+/// Calls that may be open for each one that may be worked on.
+const OPEN_CALLS: usize = 4;
+
 /// The time that replies get to leave after the last call.
 const LAST_REPLIES: Duration = Duration::from_millis(500);
 
@@ -209,6 +212,7 @@ impl Server {
             self.store.clone(),
             limits,
             settings.max_scans,
+            settings.max_inflight_bytes,
         ))
         .max_decoding_message_size(settings.max_request_bytes);
         let (health, health_service) = tonic_health::server::health_reporter();
@@ -235,10 +239,11 @@ impl Server {
         let envelope = Envelope::new(routes, self.store, &self.instance, admission);
         let in_flight = envelope.in_flight().clone();
 
-        // As many calls again as may be worked on. Of the bytes half, so that slow clients
-        // leave room to others, but at least one request.
+        // Calls over the limit are refused and gone again, if their clients take it.
+        // Of the bytes half, so that slow clients leave room to others, but at least one
+        // request.
         let waits = Waits::new(Amount {
-            calls: settings.max_concurrent_calls,
+            calls: settings.max_concurrent_calls.saturating_mul(OPEN_CALLS),
             bytes: (settings.max_inflight_bytes / 2).max(settings.max_request_bytes),
         });
 

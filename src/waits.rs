@@ -1,9 +1,11 @@
-//! What waits for clients: requests that have not come whole, and replies that have
-//! not been taken. Both cost memory for as long as a client likes.
+//! What open calls hold: a call from its arrival until its reply has left, and the
+//! bytes of a request that has not come whole or of a reply that has not been taken.
+//! All of it costs memory for as long as a client likes.
 //!
-//! So there is a bound on all of it, and when it is passed the connections that
-//! hold the most are closed. Who is quick holds next to nothing: slow clients push
-//! out each other, and nobody else.
+//! So there is a bound on it, and when it is passed the connections that hold the
+//! most are closed: at once when there are too many calls, and when there are too many
+//! bytes for a while, since a moment is not worth it. Who is quick holds next to
+//! nothing: slow clients push out each other, and nobody else.
 
 use std::{
     collections::HashMap,
@@ -12,18 +14,22 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::telemetry::{self, ConnectionFailure, seldom};
 
-/// All that waits, and for whom.
+/// All that is held, and for whom.
 #[derive(Debug)]
 pub struct Waits {
     most: Amount,
     calls: AtomicUsize,
     bytes: AtomicUsize,
+    /// Since when there have been too many bytes.
+    full_since: Mutex<Option<Instant>>,
     clients: Mutex<Clients>,
 }
 
@@ -43,14 +49,14 @@ pub struct Client {
 #[derive(Debug)]
 pub struct Connected(Arc<Client>);
 
-/// A call that waits for its client as long as this is held.
+/// An open call.
 #[derive(Debug)]
 pub struct Wait {
     client: Arc<Client>,
     bytes: usize,
 }
 
-/// How much waits.
+/// How much is held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Amount {
     pub calls: usize,
@@ -70,11 +76,16 @@ impl Waits {
     /// be is left: not one for each call that comes.
     const LEFT: f64 = 0.875;
 
+    /// For so long large replies are refused and requests go on before connections
+    /// are closed because of their bytes.
+    const PATIENCE: Duration = Duration::from_secs(2);
+
     pub fn new(most: Amount) -> Arc<Self> {
         Arc::new(Self {
             most,
             calls: AtomicUsize::new(0),
             bytes: AtomicUsize::new(0),
+            full_since: Mutex::default(),
             clients: Mutex::default(),
         })
     }
@@ -103,30 +114,51 @@ impl Waits {
     }
 
     fn added(&self) {
-        let now = Amount {
-            calls: self.calls.load(Relaxed),
-            bytes: self.bytes.load(Relaxed),
-        };
-        if self.share(now) > 1.0 {
-            self.make_room();
+        let too_many = self.calls.load(Relaxed) > self.most.calls;
+        if too_many || (!self.fits(0) && self.is_full_for_long()) {
+            self.make_room(0);
         }
     }
 
-    /// Closes the connections that hold the most. Those that are closing already
-    /// hold what will be gone.
-    fn make_room(&self) {
+    /// Whether there is room for so many bytes more, those of closing connections
+    /// included, which are still there.
+    fn fits(&self, bytes: usize) -> bool {
+        self.bytes.load(Relaxed).saturating_add(bytes) <= self.most.bytes
+    }
+
+    /// There is no room now; whether that has been so for [`Self::PATIENCE`].
+    fn is_full_for_long(&self) -> bool {
+        let mut since = self.full_since();
+        let now = Instant::now();
+        let for_long = since.is_some_and(|since| now - since >= Self::PATIENCE);
+        if for_long {
+            *since = None;
+        } else {
+            since.get_or_insert(now);
+        }
+        for_long
+    }
+
+    fn full_since(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.full_since
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Closes the connections that hold the most, so that there is room for so many
+    /// bytes more. Those that are closing already hold what will be gone.
+    fn make_room(&self, bytes: usize) {
         let clients = self.clients();
         let open = clients.connected.values();
         let mut open: Vec<_> = open
             .filter(|client| !client.closing.is_cancelled())
             .map(|client| (client.amount(), client))
             .collect();
-        let mut left = open
-            .iter()
-            .fold(Amount::default(), |sum, (amount, _)| Amount {
-                calls: sum.calls + amount.calls,
-                bytes: sum.bytes + amount.bytes,
-            });
+        let more = Amount { calls: 0, bytes };
+        let mut left = open.iter().fold(more, |sum, (amount, _)| Amount {
+            calls: sum.calls + amount.calls,
+            bytes: sum.bytes + amount.bytes,
+        });
         if self.share(left) <= 1.0 {
             return;
         }
@@ -144,7 +176,7 @@ impl Waits {
                 peer = %client.peer,
                 calls = amount.calls,
                 bytes = amount.bytes,
-                "too much waits for clients: the connection that holds the most of it was closed"
+                "open calls hold too much: the connection that holds the most was closed"
             );
         }
     }
@@ -157,16 +189,42 @@ impl Waits {
 // === impl Client ===
 
 impl Client {
-    /// A call waits for its client from now on, with so many bytes of it in memory.
-    pub fn wait(self: &Arc<Self>, bytes: usize) -> Wait {
+    /// A reply that may always be made: as many as there may be calls take little.
+    const SMALL: usize = 16 << 10;
+
+    /// A reply takes about twice its size: its parts, and what they are made from or
+    /// into.
+    const REPLY_COSTS: usize = 2;
+
+    /// A call has arrived.
+    pub fn open_call(self: &Arc<Self>) -> Wait {
         self.calls.fetch_add(1, Relaxed);
         self.waits.calls.fetch_add(1, Relaxed);
-        let mut wait = Wait {
+        self.waits.added();
+        Wait {
             client: self.clone(),
             bytes: 0,
-        };
-        wait.add(bytes);
-        wait
+        }
+    }
+
+    /// Whether the connection is being closed: nobody will see a reply.
+    pub fn is_closing(&self) -> bool {
+        self.closing.is_cancelled()
+    }
+
+    /// Whether a reply of this size may be made.
+    pub fn takes(&self, bytes: usize) -> bool {
+        if bytes <= Self::SMALL {
+            return true;
+        }
+        let bytes = bytes * Self::REPLY_COSTS;
+        let fits = self.waits.fits(bytes);
+        if fits {
+            *self.waits.full_since() = None;
+        } else if self.waits.is_full_for_long() {
+            self.waits.make_room(bytes);
+        }
+        fits
     }
 
     fn amount(&self) -> Amount {
@@ -199,22 +257,33 @@ impl Drop for Connected {
 // === impl Wait ===
 
 impl Wait {
-    /// There are so many bytes more in memory.
+    /// Its reply of so many bytes waits for the client.
+    pub fn reply(&mut self, bytes: usize) {
+        self.add(bytes * Client::REPLY_COSTS);
+    }
+
+    /// So many bytes more of its request wait for the rest.
     pub fn add(&mut self, bytes: usize) {
         self.bytes += bytes;
         self.client.bytes.fetch_add(bytes, Relaxed);
         self.client.waits.bytes.fetch_add(bytes, Relaxed);
         self.client.waits.added();
     }
+
+    /// No bytes of it wait for the client any more.
+    pub fn clear(&mut self) {
+        for of in [&self.client.bytes, &self.client.waits.bytes] {
+            of.fetch_sub(self.bytes, Relaxed);
+        }
+        self.bytes = 0;
+    }
 }
 
 impl Drop for Wait {
     fn drop(&mut self) {
+        self.clear();
         for of in [&self.client.calls, &self.client.waits.calls] {
             of.fetch_sub(1, Relaxed);
-        }
-        for of in [&self.client.bytes, &self.client.waits.bytes] {
-            of.fetch_sub(self.bytes, Relaxed);
         }
     }
 }
@@ -228,6 +297,12 @@ mod tests {
             calls: 16,
             bytes: 1_000,
         })
+    }
+
+    fn hold(client: &Connected, bytes: usize) -> Wait {
+        let mut wait = client.0.open_call();
+        wait.add(bytes);
+        wait
     }
 
     fn connect(waits: &Arc<Waits>, count: u16) -> Vec<Connected> {
@@ -244,33 +319,56 @@ mod tests {
     fn who_holds_the_most_calls_is_closed() {
         let waits = waits();
         let clients = connect(&waits, 3);
-        let mut held: Vec<Wait> = [0, 0, 0, 1, 1, 2].map(|at| clients[at].0.wait(0)).into();
-        held.extend((0..10).map(|_| clients[1].0.wait(0)));
+        let mut held: Vec<Wait> = [0, 0, 0, 1, 1, 2].map(|at| hold(&clients[at], 0)).into();
+        held.extend((0..10).map(|_| hold(&clients[1], 0)));
         assert_eq!(closed(&clients), [false; 3]);
-        held.push(clients[2].0.wait(0));
+        held.push(hold(&clients[2], 0));
         assert_eq!(closed(&clients), [false, true, false]);
         // What is closing counts no more.
-        held.extend((0..11).map(|_| clients[0].0.wait(0)));
+        held.extend((0..11).map(|_| hold(&clients[0], 0)));
         assert_eq!(closed(&clients), [false, true, false]);
     }
 
-    #[test]
-    fn who_holds_the_most_bytes_is_closed() {
+    #[tokio::test(start_paused = true)]
+    async fn who_holds_the_most_bytes_for_a_while_is_closed() {
         let waits = waits();
         let clients = connect(&waits, 3);
-        let _some = clients[0].0.wait(300);
-        let mut large = clients[1].0.wait(400);
-        let _many: Vec<_> = (0..5).map(|_| clients[2].0.wait(10)).collect();
-        assert_eq!(closed(&clients), [false; 3]);
+        let _some = hold(&clients[0], 300);
+        let mut large = hold(&clients[1], 400);
+        let _many: Vec<_> = (0..5).map(|_| hold(&clients[2], 10)).collect();
         large.add(251);
+        assert_eq!(closed(&clients), [false; 3], "it may be over in a moment");
+        tokio::time::advance(Waits::PATIENCE).await;
+        large.add(1);
         assert_eq!(closed(&clients), [false, true, false]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_large_reply_has_to_fit_beside_what_is_closing_too() {
+        let waits = Waits::new(Amount {
+            calls: 16,
+            bytes: 100_000,
+        });
+        let clients = connect(&waits, 2);
+        let mut held = clients[0].0.open_call();
+        held.reply(45_000);
+        assert!(clients[1].0.takes(10_000), "it is small");
+        assert!(!clients[1].0.takes(20_000));
+        assert_eq!(closed(&clients), [false, false]);
+        tokio::time::advance(Waits::PATIENCE).await;
+        assert!(!clients[1].0.takes(20_000), "the other is still there");
+        assert_eq!(closed(&clients), [true, false]);
+        assert!(!clients[1].0.takes(20_000));
+        drop(held);
+        assert!(clients[1].0.takes(20_000));
+        assert_eq!(closed(&clients), [true, false]);
     }
 
     #[test]
     fn among_many_small_ones_some_are_closed_at_once() {
         let waits = waits();
         let clients = connect(&waits, 17);
-        let _held: Vec<_> = clients.iter().map(|client| client.0.wait(0)).collect();
+        let _held: Vec<_> = clients.iter().map(|client| hold(client, 0)).collect();
         let count = closed(&clients)
             .into_iter()
             .filter(|closed| *closed)
@@ -283,8 +381,10 @@ mod tests {
         let waits = waits();
         let clients = connect(&waits, 1);
         for _ in 0..100 {
-            let mut wait = clients[0].0.wait(500);
+            let mut wait = hold(&clients[0], 500);
+            wait.clear();
             wait.add(400);
+            wait.add(500);
         }
         assert_eq!(closed(&clients), [false]);
         assert_eq!(clients[0].0.amount(), Amount::default());

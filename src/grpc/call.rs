@@ -20,6 +20,7 @@ use super::{proto::group_state_service_server::SERVICE_NAME, status::CallError};
 use crate::{
     store::{Backend, Deadline},
     telemetry::{self, CallEnd, CallResult, CallSpan, Operation, seldom},
+    waits::Client,
 };
 
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -45,6 +46,7 @@ struct Call {
     deadline: Deadline,
     received: Instant,
     told: Mutex<Told>,
+    client: Option<Arc<Client>>,
     /// What the reply takes in memory until it has left.
     reply_bytes: AtomicUsize,
     _in_flight: TaskTrackerToken,
@@ -75,10 +77,16 @@ impl CallContext {
 
     /// Reads the headers of a call that was received now.
     pub fn of<B>(request: &Request<B>, in_flight: TaskTrackerToken) -> Self {
-        Self::new(request.uri().path(), request.headers(), in_flight)
+        let client = request.extensions().get().cloned();
+        Self::new(request.uri().path(), request.headers(), client, in_flight)
     }
 
-    fn new(path: &str, headers: &HeaderMap, in_flight: TaskTrackerToken) -> Self {
+    fn new(
+        path: &str,
+        headers: &HeaderMap,
+        client: Option<Arc<Client>>,
+        in_flight: TaskTrackerToken,
+    ) -> Self {
         let received = Instant::now();
         let operation = operation(path);
         let request_id = RequestId::of(headers);
@@ -98,6 +106,7 @@ impl CallContext {
             deadline: deadline.map_or(Deadline::NONE, Deadline::at),
             received,
             told: Mutex::default(),
+            client,
             reply_bytes: AtomicUsize::new(0),
             _in_flight: in_flight,
         }))
@@ -106,13 +115,19 @@ impl CallContext {
     /// Takes the context out of a request, into which the envelope has put it.
     pub fn take<T>(mut request: tonic::Request<T>) -> (T, Self) {
         let context = request.extensions_mut().remove::<Self>();
-        let without_envelope = || Self::new("", &HeaderMap::new(), TaskTracker::new().token());
+        let without_envelope =
+            || Self::new("", &HeaderMap::new(), None, TaskTracker::new().token());
         let context = context.unwrap_or_else(without_envelope);
         (request.into_inner(), context)
     }
 
     pub fn request_id(&self) -> &RequestId {
         &self.0.request_id
+    }
+
+    /// Whom it comes from, where that is known.
+    pub fn client(&self) -> Option<&Arc<Client>> {
+        self.0.client.as_ref()
     }
 
     /// Whether it is a call of our service, not of health, reflection or nobody.
@@ -136,6 +151,12 @@ impl CallContext {
             let logged = |key: &String| key[..key.floor_char_boundary(Self::LOGGED_KEY)].to_owned();
             self.0.told().key = key().map(logged);
         }
+    }
+
+    /// Whether there is room for a reply of this size until its client has taken it.
+    pub fn has_room_for(&self, bytes: usize) -> bool {
+        let client = self.0.client.as_ref();
+        client.is_none_or(|client| client.takes(bytes))
     }
 
     /// Says what the reply takes in memory, as far as it is known.

@@ -137,20 +137,23 @@ where
         let mut inner = std::mem::replace(&mut self.inner, clone);
         let shared = self.shared.clone();
         let context = CallContext::of(&request, shared.in_flight.token());
+        let mut wait = context.client().map(Client::open_call);
         Box::pin(async move {
             let is_health = request.uri().path().starts_with(HEALTH_PATH);
             let mut taken = Taken::default();
-            let client = request.extensions().get::<Arc<Client>>().cloned();
             let answer = async {
                 let (parts, body) = request.into_parts();
-                let client = client.as_ref();
+                let client = context.client();
+                if client.is_some_and(|client| client.is_closing()) {
+                    return Err(CallError::request_broken_off());
+                }
                 if !is_health {
                     shared.authenticate(&parts.headers, client)?;
                 }
                 let body = if is_health {
-                    shared.inbox.receive_health(body, client).await?
+                    shared.inbox.receive_health(body, wait.as_mut()).await?
                 } else if context.is_ours() {
-                    let (body, room) = shared.inbox.receive(body, client).await?;
+                    let (body, room) = shared.inbox.receive(body, wait.as_mut()).await?;
                     taken._room = room;
                     body
                 } else {
@@ -178,7 +181,9 @@ where
                 Ok(response) => shared.seal(response?, &context, is_health),
                 Err(error) => shared.refuse(error, &context),
             };
-            let wait = client.map(|client| client.wait(context.reply_bytes()));
+            if let Some(wait) = &mut wait {
+                wait.reply(context.reply_bytes());
+            }
             Ok(response.map(|body| Reply { body, _wait: wait }))
         })
     }

@@ -35,9 +35,9 @@ enum SendError {
     ReaderGone,
 }
 
-/// What a LoadAll holds in memory when its reader stalls: a message that waits,
-/// and one that is being sent.
-pub const BYTES: usize = 2 * LoadAllSender::MESSAGE_BYTES;
+/// What a LoadAll holds when its reader stalls, besides the message that is being
+/// sent.
+pub const BYTES: usize = LoadAllSender::MESSAGE_BYTES;
 
 /// What the reader of a LoadAll gets.
 pub type Messages = BoxStream<'static, Result<pb::LoadAllResponse, Status>>;

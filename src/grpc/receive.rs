@@ -21,7 +21,7 @@ use tonic::body::Body;
 use super::status::CallError;
 use crate::{
     telemetry::{self, Limit},
-    waits::{Client, Wait},
+    waits::Wait,
 };
 
 /// Where requests come in.
@@ -56,17 +56,17 @@ impl Inbox {
         }
     }
 
-    /// The request of a call of ours, by a client if it is known.
+    /// The request of a call of ours, which `wait` counts as long as it waits for its client.
     pub async fn receive<B>(
         &self,
         body: B,
-        client: Option<&Arc<Client>>,
+        wait: Option<&mut Wait>,
     ) -> Result<(Body, Room), CallError>
     where
         B: HttpBody<Data = Bytes> + Unpin,
     {
         let mut room = Room::default();
-        let body = collect(body, client, self.max_request_bytes, |bytes| {
+        let body = collect(body, wait, self.max_request_bytes, |bytes| {
             self.make_room(&mut room, bytes)
         })
         .await?;
@@ -77,12 +77,12 @@ impl Inbox {
     pub async fn receive_health<B>(
         &self,
         body: B,
-        client: Option<&Arc<Client>>,
+        wait: Option<&mut Wait>,
     ) -> Result<Body, CallError>
     where
         B: HttpBody<Data = Bytes> + Unpin,
     {
-        collect(body, client, MAX_HEALTH_REQUEST_BYTES, |_| Ok(())).await
+        collect(body, wait, MAX_HEALTH_REQUEST_BYTES, |_| Ok(())).await
     }
 
     fn make_room(&self, room: &mut Room, bytes: usize) -> Result<(), CallError> {
@@ -106,7 +106,7 @@ impl Inbox {
 /// Puts a body together from its frames; `take` is asked before each is kept.
 async fn collect<B>(
     mut body: B,
-    client: Option<&Arc<Client>>,
+    mut wait: Option<&mut Wait>,
     max_message_bytes: usize,
     mut take: impl FnMut(usize) -> Result<(), CallError>,
 ) -> Result<Body, CallError>
@@ -117,14 +117,17 @@ where
     // Nearly every request comes in one frame, which is not copied.
     let mut first = Bytes::new();
     let mut all = BytesMut::new();
-    let mut wait: Option<Wait> = None;
+    // What waits for the rest.
+    let mut counted = 0;
     while !body.is_end_stream() {
         let frame = match body.frame().now_or_never() {
             Some(frame) => frame,
             None => {
-                if wait.is_none() {
-                    wait = client.map(|client| client.wait(first.len() + all.len()));
+                let so_far = first.len() + all.len();
+                if let Some(wait) = &mut wait {
+                    wait.add(so_far - counted);
                 }
+                counted = so_far;
                 tokio::time::timeout_at(deadline, body.frame())
                     .await
                     .map_err(|_| CallError::request_too_slow(BODY_TIMEOUT))?
@@ -136,9 +139,6 @@ where
             continue;
         };
         take(data.len())?;
-        if let Some(wait) = &mut wait {
-            wait.add(data.len());
-        }
         if first.is_empty() && all.is_empty() {
             first = data;
         } else {
@@ -154,6 +154,9 @@ where
                 "it has {bytes} bytes"
             )));
         }
+    }
+    if let Some(wait) = wait {
+        wait.clear();
     }
     let whole = if all.is_empty() { first } else { all.freeze() };
     Ok(Body::new(Full::new(whole)))

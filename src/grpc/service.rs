@@ -25,6 +25,8 @@ pub struct Service {
     limits: Limits,
     scans: Arc<Semaphore>,
     max_scans: usize,
+    /// Named where a reply is refused.
+    max_inflight_bytes: usize,
 }
 
 /// A reply, and what is told of it.
@@ -32,18 +34,26 @@ struct Replied<T> {
     message: T,
     backend: Backend,
     result: CallResult,
+    /// It may be refused as well.
+    changed_nothing: bool,
 }
 
 // === impl Service ===
 
 impl Service {
     /// At most `max_scans` listings and LoadAlls run at once; more are refused.
-    pub fn new(store: Arc<dyn GroupStore>, limits: Limits, max_scans: usize) -> Self {
+    pub fn new(
+        store: Arc<dyn GroupStore>,
+        limits: Limits,
+        max_scans: usize,
+        max_inflight_bytes: usize,
+    ) -> Self {
         Self {
             store,
             limits,
             scans: Arc::new(Semaphore::new(max_scans)),
             max_scans,
+            max_inflight_bytes,
         }
     }
 
@@ -62,8 +72,15 @@ impl Service {
     ) -> Result<Response<T>, Status> {
         match result {
             Ok(replied) => {
+                let bytes = replied.message.encoded_len();
+                if replied.changed_nothing && !context.has_room_for(bytes) {
+                    telemetry::call_shed(Limit::MaxInflightBytes);
+                    let error =
+                        CallError::overloaded(Limit::MaxInflightBytes, self.max_inflight_bytes);
+                    return Err(context.refuse(error, replied.backend));
+                }
                 context.succeeds(replied.result, replied.backend);
-                context.replies_with(replied.message.encoded_len());
+                context.replies_with(bytes);
                 Ok(Response::new(replied.message))
             }
             Err(error) => Err(context.refuse(error, self.store.backend())),
@@ -114,7 +131,7 @@ impl Service {
             expire_time: convert::expire_time(expires),
             backend: convert::backend(answer.backend),
         };
-        Ok(Replied::success(answer.backend, message))
+        Ok(Replied::read(answer.backend, message))
     }
 
     async fn do_delete(
@@ -235,6 +252,7 @@ impl Service {
             },
             backend: batch_backend,
             result: worst,
+            changed_nothing: false,
         })
     }
 
@@ -256,7 +274,7 @@ impl Service {
             next_page_token: answer.value.next.unwrap_or_default(),
             backend: convert::backend(answer.backend),
         };
-        Ok(Replied::success(answer.backend, message))
+        Ok(Replied::read(answer.backend, message))
     }
 
     async fn do_size(
@@ -271,7 +289,7 @@ impl Service {
             count: i64::try_from(answer.value).unwrap_or(i64::MAX),
             backend: convert::backend(answer.backend),
         };
-        Ok(Replied::success(answer.backend, message))
+        Ok(Replied::read(answer.backend, message))
     }
 
     async fn do_load_all(
@@ -379,6 +397,15 @@ impl<T> Replied<T> {
             message,
             backend,
             result: CallResult::Success,
+            changed_nothing: false,
+        }
+    }
+
+    /// The same, of a call that only reads.
+    fn read(backend: Backend, message: T) -> Self {
+        Self {
+            changed_nothing: true,
+            ..Self::success(backend, message)
         }
     }
 
@@ -390,6 +417,7 @@ impl<T> Replied<T> {
             } else {
                 self.result
             },
+            changed_nothing: conflict,
             ..self
         }
     }

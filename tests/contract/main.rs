@@ -40,6 +40,10 @@ use tokio::{sync::Mutex, time::Instant};
 
 const MAX_DOCUMENT_BYTES: usize = 1 << 20;
 
+/// What a call of the suite waits for Redis: so long that a busy machine is not
+/// taken for a Redis that fails.
+const PATIENCE: Duration = Duration::from_secs(3);
+
 /// A memory store of 256 MiB.
 async fn memory_store() -> (Arc<dyn GroupStore>, ()) {
     let instance = InstanceId::random();
@@ -54,10 +58,7 @@ async fn memory_store() -> (Arc<dyn GroupStore>, ()) {
 /// A Redis store on a Redis of its own.
 async fn redis_store() -> (Arc<dyn GroupStore>, RedisServer) {
     let server = RedisServer::start().await;
-    (
-        store_at(&server.url(), Duration::from_millis(250)).await,
-        server,
-    )
+    (store_at(&server.url(), PATIENCE).await, server)
 }
 
 /// A Redis store on a cluster, with keys of its own. A cluster takes seconds to
@@ -73,7 +74,7 @@ async fn cluster_store() -> (Arc<dyn GroupStore>, Arc<RedisCluster>) {
     };
     *shared = Arc::downgrade(&cluster);
     let prefix = format!("group:store {}:", STORES.fetch_add(1, Ordering::Relaxed));
-    let store = store_of(&cluster.url(), &prefix, Duration::from_secs(1)).await;
+    let store = store_of(&cluster.url(), &prefix, PATIENCE).await;
     (store, cluster)
 }
 
@@ -90,20 +91,20 @@ async fn sentinel_store() -> (Arc<dyn GroupStore>, Arc<RedisSentinel>) {
     };
     *shared = Arc::downgrade(&sentinel);
     let prefix = format!("group:store {}:", STORES.fetch_add(1, Ordering::Relaxed));
-    let store = store_of(&sentinel.url(), &prefix, Duration::from_secs(1)).await;
+    let store = store_of(&sentinel.url(), &prefix, PATIENCE).await;
     (store, sentinel)
 }
 
 /// Redis with memory behind it, while Redis answers.
 async fn failover_store() -> (Arc<dyn GroupStore>, RedisServer) {
     let server = RedisServer::start().await;
-    let settings = settings(&server.url(), Duration::from_millis(250));
+    let settings = settings(&server.url(), PATIENCE);
     let redis = RedisStore::open(&settings, "group:", MAX_DOCUMENT_BYTES).unwrap();
     let instance = InstanceId::random();
     let failover = Failover::open(
         redis,
         FailoverSettings {
-            trip_after: Duration::from_millis(500),
+            trip_after: 5 * PATIENCE,
             on_recovery: OnRecovery::Reconcile,
             mirror_max_bytes: 256 << 20,
         },
@@ -125,12 +126,16 @@ async fn remote_store() -> (Arc<dyn GroupStore>, (RedisServer, Service)) {
             &["--redis-url", &server.url()][..],
             // What the suite takes for the default, which is the server's to say.
             &["--default-ttl", "100s"],
-            // So that a busy machine is not taken for a Redis that fails.
-            &["--redis-timeout", "1s", "--trip-after", "10s"],
+            // PATIENCE, and that of the failover store.
+            &["--redis-timeout", "3s", "--trip-after", "15s"],
         ]
         .concat(),
     );
-    let store = RemoteStore::at(service.addr(), RemoteSettings::default()).unwrap();
+    let settings = RemoteSettings {
+        call_timeout: 4 * PATIENCE,
+        ..RemoteSettings::default()
+    };
+    let store = RemoteStore::at(service.addr(), settings).unwrap();
     (Arc::new(store), (server, service))
 }
 

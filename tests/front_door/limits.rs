@@ -309,10 +309,10 @@ async fn a_thousand_calls_on_one_connection_are_cancelled_after_a_millisecond() 
             let mut client = patient.clone();
             tokio::spawn(async move {
                 let call = client.size(pb::SizeRequest::default());
-                match tokio::time::timeout(Duration::from_millis(1), call).await {
+                let over = tokio::time::timeout(Duration::from_millis(1), call).await;
+                if let Ok(Err(status)) = over {
                     // Shed by --max-scans, at the worst.
-                    Ok(Err(status)) => assert_eq!(status.code(), Code::ResourceExhausted),
-                    Ok(Ok(_)) | Err(_) => {}
+                    assert_eq!(status.code(), Code::ResourceExhausted);
                 }
             })
         })
