@@ -23,11 +23,12 @@ use std::{
 
 use http::{Request, Response};
 use http_body::Body;
-use hyper::{body::Incoming, server::conn::http2};
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    service::TowerToHyperService,
+use hyper::{
+    body::Incoming,
+    server::conn::http2,
+    service::{Service, service_fn},
 };
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
@@ -37,7 +38,6 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tower::{Service, ServiceExt};
 
 use crate::{
     telemetry::{self, ConnectionFailure, seldom},
@@ -156,7 +156,6 @@ pub async fn serve<S, B>(
     stop: impl Future<Output = ()>,
 ) where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
-        + Clone
         + Send
         + Sync
         + 'static,
@@ -268,7 +267,6 @@ async fn pause_after(error: &io::Error) {
 impl<S, B> Shared<S>
 where
     S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
-        + Clone
         + Send
         + Sync
         + 'static,
@@ -327,17 +325,12 @@ where
         IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let _open = telemetry::connection_opens();
-        let service = self.service.clone();
         let connected = self.waits.connect(peer);
-        let client = connected.client().clone();
-        let service = service.map_request(move |mut request: Request<Incoming>| {
-            request.extensions_mut().insert(client.clone());
-            request
+        let service = service_fn(|mut request: Request<Incoming>| {
+            request.extensions_mut().insert(connected.client().clone());
+            self.service.call(request)
         });
-        let io = TokioIo::new(io);
-        let connection = self
-            .http2
-            .serve_connection(io, TowerToHyperService::new(service));
+        let connection = self.http2.serve_connection(TokioIo::new(io), service);
         let mut connection = pin!(connection);
         let served = async {
             tokio::select! {

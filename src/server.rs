@@ -90,8 +90,9 @@ const REDIS_START_BOUND: Duration = Duration::from_secs(1);
 /// The time to carry over what memory still holds, at the end.
 const LAST_TRY: Duration = Duration::from_secs(5);
 
-/// Calls that may be open for each one that may be worked on.
+/// Calls that may be open for each one that may be worked on, and at least.
 const OPEN_CALLS: usize = 4;
+const LEAST_OPEN_CALLS: usize = 16_384;
 
 /// The time that replies get to leave after the last call.
 const LAST_REPLIES: Duration = Duration::from_millis(500);
@@ -243,7 +244,10 @@ impl Server {
         // Of the bytes half, so that slow clients leave room to others, but at least one
         // request.
         let waits = Waits::new(Amount {
-            calls: settings.max_concurrent_calls.saturating_mul(OPEN_CALLS),
+            calls: settings
+                .max_concurrent_calls
+                .saturating_mul(OPEN_CALLS)
+                .max(LEAST_OPEN_CALLS),
             bytes: (settings.max_inflight_bytes / 2).max(settings.max_request_bytes),
         });
 

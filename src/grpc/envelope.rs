@@ -3,8 +3,9 @@
 //! makes by itself.
 
 use std::{
+    future::{poll_fn, ready},
     panic::AssertUnwindSafe,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll},
 };
@@ -13,10 +14,11 @@ use bytes::Bytes;
 use futures::{FutureExt, future::BoxFuture};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
+use hyper::service::Service;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 use tonic::{Code, Status, body::Body};
-use tower::Service;
+use tower::ServiceExt;
 
 use super::{
     call::{CallContext, REQUEST_ID},
@@ -60,13 +62,6 @@ pub struct Envelope<S> {
 pub struct Reply {
     body: Body,
     _wait: Option<Wait>,
-}
-
-/// What a call takes of what there is for all, while it is worked on.
-#[derive(Default)]
-struct Taken {
-    _call: Option<OwnedSemaphorePermit>,
-    _room: Room,
 }
 
 struct Shared {
@@ -117,7 +112,7 @@ impl<S> Envelope<S> {
 
 impl<S, B> Service<Request<B>> for Envelope<S>
 where
-    S: Service<Request<Body>, Response = Response<Body>> + Clone + Send + 'static,
+    S: tower::Service<Request<Body>, Response = Response<Body>> + Clone + Send + 'static,
     S::Future: Send,
     S::Error: Send,
     B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
@@ -127,44 +122,51 @@ where
     type Error = S::Error;
     type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
 
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: Request<B>) -> Self::Future {
-        // The instance that was polled ready, not its clone, takes the call.
-        let clone = self.inner.clone();
-        let mut inner = std::mem::replace(&mut self.inner, clone);
+    /// Is called as soon as the headers of a call have come, before a task is made of
+    /// it: what is refused here waits for nothing.
+    fn call(&self, request: Request<B>) -> Self::Future {
         let shared = self.shared.clone();
         let context = CallContext::of(&request, shared.in_flight.token());
         let mut wait = context.client().map(Client::open_call);
+        let is_health = request.uri().path().starts_with(HEALTH_PATH);
+        let mut call = match shared.admit(request.headers(), &context, is_health) {
+            Ok(call) => call,
+            Err(error) => {
+                let body = |body| Reply { body, _wait: wait };
+                return Box::pin(ready(Ok(shared.refuse(error, &context).map(body))));
+            }
+        };
+        let inner = self.inner.clone();
         Box::pin(async move {
-            let is_health = request.uri().path().starts_with(HEALTH_PATH);
-            let mut taken = Taken::default();
+            let mut taken = Room::default();
             let answer = async {
                 let (parts, body) = request.into_parts();
-                let client = context.client();
-                if client.is_some_and(|client| client.is_closing()) {
+                if context.client().is_some_and(|client| client.is_closing()) {
                     return Err(CallError::request_broken_off());
                 }
-                if !is_health {
-                    shared.authenticate(&parts.headers, client)?;
-                }
+                let wait = wait.as_mut();
                 let body = if is_health {
-                    shared.inbox.receive_health(body, wait.as_mut()).await?
+                    shared.inbox.receive_health(body, wait).await?
                 } else if context.is_ours() {
-                    let (body, room) = shared.inbox.receive(body, wait.as_mut()).await?;
-                    taken._room = room;
+                    let receive = shared.inbox.receive(body, wait);
+                    // Who has to be waited for takes nobody's turn.
+                    let (body, room) = match poll_once(pin!(receive)).await {
+                        Ok(received) => received?,
+                        Err(receive) => {
+                            call = None;
+                            let received = receive.await?;
+                            call = Some(shared.take_call()?);
+                            received
+                        }
+                    };
+                    taken = room;
                     body
                 } else {
                     Body::new(body)
                 };
-                if !is_health {
-                    taken._call = Some(shared.take_call()?);
-                }
                 let mut request = Request::from_parts(parts, body);
                 request.extensions_mut().insert(context.clone());
-                let handled = context.work(inner.call(request));
+                let handled = context.work(inner.oneshot(request));
                 let handled = AssertUnwindSafe(handled).catch_unwind();
                 handled.await.map_err(|_panic| {
                     context.panicked();
@@ -184,14 +186,37 @@ where
             if let Some(wait) = &mut wait {
                 wait.reply(context.reply_bytes());
             }
+            drop((call, taken));
             Ok(response.map(|body| Reply { body, _wait: wait }))
         })
+    }
+}
+
+/// Polls a future; gives it back if it is not ready.
+async fn poll_once<F: Future>(mut future: Pin<&mut F>) -> Result<F::Output, Pin<&mut F>> {
+    match poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await {
+        Poll::Ready(output) => Ok(output),
+        Poll::Pending => Err(future),
     }
 }
 
 // === impl Shared ===
 
 impl Shared {
+    /// Lets a call in, with its part of `--max-concurrent-calls`; health needs none.
+    fn admit(
+        &self,
+        headers: &HeaderMap,
+        context: &CallContext,
+        is_health: bool,
+    ) -> Result<Option<OwnedSemaphorePermit>, CallError> {
+        if is_health {
+            return Ok(None);
+        }
+        self.authenticate(headers, context.client())?;
+        self.take_call().map(Some)
+    }
+
     fn authenticate(
         &self,
         headers: &HeaderMap,

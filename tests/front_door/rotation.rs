@@ -65,6 +65,19 @@ async fn read_again(service: &Service, count: usize) {
     .await;
 }
 
+/// Waits until some more calls have succeeded.
+async fn calls_go_on(service: &Service) {
+    let calls = async || {
+        let series = r#"storage_operations_total{operation="size",result="success"}"#;
+        metric(service, series).await.unwrap()
+    };
+    let before = calls().await;
+    wait_until("calls succeed", Duration::from_secs(30), async || {
+        calls().await >= before + 100.0
+    })
+    .await;
+}
+
 /// A Python client that calls again and again, until its standard input ends.
 fn call_on_and_on(service: &Service, files: &Files) -> Child {
     let file = |name: &str| files.path(name).display().to_string();
@@ -103,6 +116,8 @@ async fn tokens_and_certificates_rotate_under_load_without_a_failed_call() {
     replace(&files, "token", TOKEN);
     let load: Vec<_> = (0..3).map(|_| call_on_and_on(&service, &files)).collect();
 
+    calls_go_on(&service).await;
+
     // Old and new token, then new only.
     replace(&files, "tokens", &format!("{TOKEN}\nthe-next\n"));
     read_again(&service, 1).await;
@@ -131,13 +146,14 @@ async fn tokens_and_certificates_rotate_under_load_without_a_failed_call() {
     .await;
     // And time for every connection to have been opened anew.
     tokio::time::sleep(Duration::from_millis(1_500)).await;
+    calls_go_on(&service).await;
 
     for mut load in load {
         drop(load.stdin.take());
         let output = load.wait_with_output().unwrap();
         let printed = String::from_utf8(output.stdout).unwrap();
         let calls: usize = printed.trim().parse().expect(&printed);
-        assert!(calls > 100, "{calls}");
+        assert!(calls > 0);
     }
     let mut old = client(&service, Some(files.client_tls(Some("client"))));
     let refused = size(&mut old, "the-next").await;
