@@ -167,7 +167,7 @@ impl Believed {
     fn gives_way(believed: &mut Option<Self>, word: &Word, now: Instant) -> bool {
         let is_newer = match believed {
             Some(believed) if believed.primary == word.primary => {
-                believed.epoch = word.epoch;
+                believed.epoch = believed.epoch.max(word.epoch);
                 believed.confirmed = now;
                 return false;
             }
@@ -290,6 +290,10 @@ mod tests {
         assert!(Believed::gives_way(&mut believed, &word(2, 4), now));
         assert!(!Believed::gives_way(&mut believed, &word(1, 3), now));
         assert!(!Believed::gives_way(&mut believed, &word(3, 4), now));
+        // The first one is back, and that is no news to the one that was cut off.
+        assert!(Believed::gives_way(&mut believed, &word(1, 5), now));
+        assert!(!Believed::gives_way(&mut believed, &word(1, 3), now));
+        assert!(!Believed::gives_way(&mut believed, &word(2, 4), now));
     }
 
     #[test]
