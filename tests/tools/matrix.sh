@@ -55,6 +55,6 @@ one=(--skip memory_store --skip cluster_store --skip sentinel_store)
 for name in 6.0 6.2 7.0 valkey; do
     row "$name" standalone "$seeds" '' "${one[@]}"
 done
-row 7.0 'Sentinel, 3 + 1 + 2' "$failovers" sentinel sentinel_store
-row 7.0 'Cluster, 3 + 3' "$failovers" cluster cluster_store
+row 7.0 'Sentinel: 3 sentinels, 1 primary, 2 replicas' "$failovers" sentinel sentinel_store
+row 7.0 'Cluster: 3 primaries, 3 replicas' "$failovers" cluster cluster_store
 exit $failed

@@ -36,7 +36,7 @@ impl Fault {
         }
         let text = readable(error).to_owned();
         match error.kind() {
-            // What fred makes of `MOVED` and `ASK`, see `Connections::open`.
+            // What fred makes of `MOVED` and `ASK`, see `Link::open`.
             ErrorKind::Routing if text == "Too many redirections." => Self::Redirected,
             // fred could not find a connection to write to.
             ErrorKind::Routing | ErrorKind::Backpressure | ErrorKind::Config => Self::NotRun(text),
