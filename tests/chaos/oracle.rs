@@ -227,10 +227,24 @@ fn judge_faults(evidence: &Evidence, verdict: &mut Verdict) {
             };
             let to_memory = first(Backend::Memory, struck.began);
             let degraded = to_memory.is_some_and(|took| struck.began + took <= struck.writable);
+            let could_show = |began: Moment, writable: Moment| {
+                let half = began + (writable - began) / 2;
+                evidence.calls.iter().any(|call| {
+                    call.instance == instance
+                        && call.backend().is_some()
+                        && !call.is_load_in_a_hurry()
+                        && (half..writable).contains(&call.begin)
+                        && call.end < writable
+                })
+            };
             match struck.step.effect() {
-                // An answer of memory may come when the fault is over already: a
-                // short one can end between two calls.
-                Effect::Degrades if struck.from_health && to_memory.is_none() => {
+                // A short fault may end between two calls. One that came in its
+                // second half and went by is evidence.
+                Effect::Degrades
+                    if struck.from_health
+                        && !degraded
+                        && (to_memory.is_none() || could_show(struck.began, struck.writable)) =>
+                {
                     verdict.flaws.push(Flaw::NotNoticed { fault, instance });
                 }
                 Effect::Spares

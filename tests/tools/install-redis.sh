@@ -44,11 +44,11 @@ from_bullseye() {
         -o APT::Sandbox::User=root)
     if apt-get "${apt[@]}" update 2>"$tmp/errors" &&
         (cd "$tmp" && apt-get "${apt[@]}" download redis-tools liblua5.1-0 lua-bitop lua-cjson libssl1.1) 2>"$tmp/errors"; then
-        for package in "$tmp"/*.deb; do dpkg-deb -x "$package" "$tmp/root"; done
+        for package in "$tmp"/*.deb; do dpkg-deb -x "$package" "$tmp/unpacked"; done
         mkdir -p "$into/6.0/lib" "$into/6.0/server"
         # One program, which tells by its name what it is.
-        cp "$tmp/root/usr/bin/redis-check-rdb" "$into/6.0/server/redis-server"
-        find "$tmp/root" -name '*.so*' -exec cp -P {} "$into/6.0/lib" \;
+        cp "$tmp/unpacked/usr/bin/redis-check-rdb" "$into/6.0/server/redis-server"
+        find "$tmp/unpacked" -name '*.so*' -exec cp -P {} "$into/6.0/lib" \;
         cat >"$into/6.0/redis-server" <<'END'
 #!/bin/sh
 here=$(cd "$(dirname "$0")" && pwd)
