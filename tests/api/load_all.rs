@@ -13,12 +13,17 @@ use crate::{
     group, load_request,
 };
 
-async fn fill(client: &mut Client, count: usize) {
+/// Settings of a service that is patient with Redis: these tests are not about a
+/// machine that is busy.
+const PATIENT: [&str; 4] = ["--redis-timeout", "5s", "--trip-after", "15s"];
+
+/// Stores groups of about 1 KB, as in the speed targets, and checks that this
+/// backend has them.
+async fn fill(client: &mut Client, count: usize, backend: pb::Backend) {
     for first in (0..count).step_by(1_000) {
         let groups = (first..count.min(first + 1_000))
             .map(|i| {
                 let mut group = group(&format!("k/{i}"));
-                // About 1 KB, as in the speed targets.
                 group.alerts.get_mut("f").unwrap().generator_url = "x".repeat(600);
                 group
             })
@@ -31,17 +36,22 @@ async fn fill(client: &mut Client, count: usize) {
         for result in reply.results {
             assert_eq!(result.error, None);
         }
+        assert_eq!(reply.backend, i32::from(backend));
     }
 }
 
 #[tokio::test]
 async fn the_last_message_sums_up_what_was_sent() {
     let redis = RedisServer::start().await;
-    let patient = ["--redis-url", &redis.url(), "--redis-timeout", "5s"];
-    for arguments in [&[][..], &patient] {
+    let url = redis.url();
+    let on_redis = [&["--redis-url", &url][..], &PATIENT].concat();
+    for (arguments, backend) in [
+        (&[][..], pb::Backend::Memory),
+        (&on_redis, pb::Backend::Redis),
+    ] {
         let service = Service::start(arguments);
         let mut client = service.client().await;
-        fill(&mut client, 5_000).await;
+        fill(&mut client, 5_000, backend).await;
         let request = pb::LoadAllRequest {
             prefix: "k/".into(),
         };
@@ -68,7 +78,7 @@ async fn the_last_message_sums_up_what_was_sent() {
 async fn a_deadline_ends_a_load_all_without_a_summary() {
     let service = Service::start(&[]);
     let mut client = service.client().await;
-    fill(&mut client, 20_000).await;
+    fill(&mut client, 20_000, pb::Backend::Memory).await;
     let mut request = tonic::Request::new(pb::LoadAllRequest::default());
     request
         .metadata_mut()
@@ -91,10 +101,10 @@ async fn a_deadline_ends_a_load_all_without_a_summary() {
 async fn a_reader_that_stops_reading_costs_neither_memory_nor_speed() {
     const GROUPS: usize = 100_000;
     let redis = RedisServer::start().await;
-    // Patient, since this test is not about a machine that is busy.
-    let service = Service::start(&["--redis-url", &redis.url(), "--redis-timeout", "5s"]);
+    let url = redis.url();
+    let service = Service::start(&[&["--redis-url", &url][..], &PATIENT].concat());
     let mut client = service.client().await;
-    fill(&mut client, GROUPS).await;
+    fill(&mut client, GROUPS, pb::Backend::Redis).await;
     median_load(&mut client).await;
     let usual = median_load(&mut client).await;
     let before = service.resident_bytes();

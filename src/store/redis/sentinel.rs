@@ -218,8 +218,9 @@ impl Sentinel {
 
     /// Asks again and again. Why that came to an end.
     async fn ask_while_it_answers(&self, words: &mpsc::Sender<Word>) -> Error {
-        for question in 0u32.. {
-            let with_others = question % ASKED_FOR_OTHERS == 0;
+        let mut question = 0u32;
+        loop {
+            let with_others = question.is_multiple_of(ASKED_FOR_OTHERS);
             match self.ask(with_others).await {
                 Ok(word) => {
                     // It is received as long as this runs.
@@ -227,9 +228,9 @@ impl Sentinel {
                 }
                 Err(error) => return error,
             }
+            question = question.wrapping_add(1);
             tokio::time::sleep(PAUSE).await;
         }
-        unreachable!("a connection of 13 years")
     }
 
     async fn ask(&self, with_others: bool) -> Result<Word, Error> {
