@@ -2,7 +2,7 @@
 # `run` needs Rust, gcc and make; the rest needs what `tools` installs.
 
 .DEFAULT_GOAL := help
-.PHONY: run test chaos replicas matrix failover-times abuse lint dist tools proto-image prometheus-rule clean-tools next-step help
+.PHONY: run test chaos replicas matrix failover-times bench abuse lint dist tools proto-image prometheus-rule clean-tools next-step help
 .NOTPARALLEL:
 
 PROTO_IMAGE := proto/groupstate.v1.binpb
@@ -33,6 +33,10 @@ matrix: tools ## Run the contract suite and some chaos on every Redis that is su
 
 failover-times: tools ## Measure how soon a replica that has taken over is used, by Sentinel and in a cluster
 	cargo bench --locked --bench failover_times
+
+bench: tools ## Measure what calls cost beside a thin pass-through, and write it to benches/results/
+	tests/tools/install-bench.sh
+	cargo bench --locked --bench wire
 
 abuse: ## Misbehave as clients in every way at full size, and print what it costs; ABUSE=Idle does one
 	cargo test --release --locked --test front_door at_full_size -- --ignored --nocapture

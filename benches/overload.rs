@@ -1,37 +1,41 @@
 //! What four times the load that the service can bear does to the calls that it
 //! admits: their p99, beside that at saturation. The goal is at most twice.
 //!
-//! `cargo bench --bench overload` has groups counted in memory, which costs the
-//! service much and the load generator nothing, so that the service is what is short of
-//! CPU on one machine with both. Saturation: as many calls in flight as
+//! `cargo bench --bench overload` loads large groups from memory, over and over. The
+//! service has one core and the load generator another: it is the service that is
+//! to be short of CPU. Saturation: as many calls in flight as
 //! `--max-concurrent-calls` admits, each followed by the next. Overload: calls begin at
 //! four times the rate that was answered then, whether earlier ones have been
 //! answered or not.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
+mod load;
 
 use std::{
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
-use common::service::{Client, Service};
-use groupstate::grpc::proto as pb;
-use tokio::task::JoinSet;
+use bytes::Bytes;
+use common::service::Service;
+use load::RawClient;
+use rustix::thread::{CpuSet, sched_setaffinity};
+use tokio::{runtime::Runtime, task::JoinSet};
 use tonic::Code;
 
 const ROUND: Duration = Duration::from_secs(10);
 /// The beginning of a round, which does not count.
 const WARM_UP: Duration = Duration::from_secs(2);
-const LIMITS: [usize; 2] = [64, 256];
+const LIMITS: [usize; 3] = [64, 256, 1_024];
 const CONNECTIONS: usize = 8;
-/// Groups that are looked at for each call.
-const GROUPS: usize = 50_000;
-const BATCH: usize = 1_000;
+const ALERTS: usize = 200;
 const OVERLOAD: f64 = 4.0;
 /// Calls that begin at once: a timer is no finer.
 const TICK: Duration = Duration::from_millis(2);
+
+const CORE_OF_SERVICE: usize = 0;
+const CORE_OF_LOAD: usize = 1;
 
 /// What became of the calls of a round.
 #[derive(Default)]
@@ -43,62 +47,53 @@ struct Round {
     failed: usize,
 }
 
-#[tokio::main]
-async fn main() {
-    println!("Size over {GROUPS} groups in memory, {CONNECTIONS} connections, {ROUND:?} a round\n");
+fn main() {
+    println!(
+        "Load of {ALERTS} alerts from memory, {CONNECTIONS} connections, {ROUND:?} a round, a core each\n"
+    );
     println!(
         "| in flight at most | load | offered/s | admitted/s | p50 | p99 | shed/s | p99 of a refusal | failed |"
     );
     println!("|---|---|---|---|---|---|---|---|---|");
     for limit in LIMITS {
-        let service = Service::start(&[
-            "--max-concurrent-calls",
-            &limit.to_string(),
-            // The other limit is the one that is looked at.
-            "--max-scans",
-            "100000",
-        ]);
-        let mut clients = Vec::new();
-        for _ in 0..CONNECTIONS {
-            clients.push(service.client().await);
-        }
-        store(&mut clients[0]).await;
-        let saturated = saturate(&clients, limit).await;
-        let rate = saturated.rate();
-        saturated.print(limit, "saturation");
-        let overloaded = overload(&clients, OVERLOAD * rate).await;
-        overloaded.print(limit, "4 × overload");
-        let ratio = overloaded.p99().as_secs_f64() / saturated.p99().as_secs_f64();
-        println!("| {limit} | ratio of p99: {ratio:.2} | | | | | | | |");
+        // What is started takes over the core of who starts it.
+        stay_on(CORE_OF_SERVICE);
+        let service = Service::start(&["--max-concurrent-calls", &limit.to_string()]);
+        stay_on(CORE_OF_LOAD);
+        let runtime = Runtime::new().expect("a runtime");
+        runtime.block_on(compare(&service, limit));
     }
 }
 
-async fn store(client: &mut Client) {
-    let group = |number: usize| pb::AlertGroup {
-        key: format!("alertname=HighCPU,instance=web-{number}"),
-        metadata: Some(pb::GroupMetadata {
-            state: pb::GroupState::Firing.into(),
-            ..Default::default()
-        }),
-        ..Default::default()
-    };
-    for first in (0..GROUPS).step_by(BATCH) {
-        let groups = (first..first + BATCH).map(group).collect();
-        let request = pb::StoreAllRequest {
-            groups,
-            expiry: None,
-        };
-        client.store_all(request).await.expect("memory takes it");
-    }
+fn stay_on(core: usize) {
+    let mut cores = CpuSet::new();
+    cores.set(core);
+    sched_setaffinity(None, &cores).expect("this takes two cores");
+}
+
+async fn compare(service: &Service, limit: usize) {
+    let client = RawClient::connect(service.addr(), CONNECTIONS).await;
+    let stored = client.call(0, load::STORE, load::store_request(0, ALERTS));
+    stored.await.expect("memory takes it");
+    let saturated = saturate(&client, limit).await;
+    let rate = saturated.rate();
+    saturated.print(limit, "saturation");
+    let overloaded = overload(&client, OVERLOAD * rate).await;
+    overloaded.print(limit, "4 × overload");
+    let ratio = overloaded.p99().as_secs_f64() / saturated.p99().as_secs_f64();
+    println!("| {limit} | ratio of p99: {ratio:.2} | | | | | | | |");
 }
 
 /// One call, if it is over before the round is.
-async fn call(mut client: Client, round: Arc<Mutex<Round>>, counts_from: Instant) {
-    let request = pb::SizeRequest {
-        prefix: "alertname=HighCPU".into(),
-    };
+async fn call(
+    client: RawClient,
+    number: usize,
+    request: Bytes,
+    round: Arc<Mutex<Round>>,
+    counts_from: Instant,
+) {
     let begin = Instant::now();
-    let answer = client.size(request).await;
+    let answer = client.call(number, load::LOAD, request).await;
     let took = begin.elapsed();
     if begin < counts_from {
         return;
@@ -112,17 +107,18 @@ async fn call(mut client: Client, round: Arc<Mutex<Round>>, counts_from: Instant
 }
 
 /// Each call is followed by the next.
-async fn saturate(clients: &[Client], in_flight: usize) -> Round {
+async fn saturate(client: &RawClient, in_flight: usize) -> Round {
+    let request = load::load_request(0);
     let round = Arc::<Mutex<Round>>::default();
     let counts_from = Instant::now() + WARM_UP;
     let end = counts_from + ROUND;
     let mut callers = JoinSet::new();
     for number in 0..in_flight {
-        let client = clients[number % clients.len()].clone();
-        let round = round.clone();
+        let (client, request, round) = (client.clone(), request.clone(), round.clone());
         callers.spawn(async move {
             while Instant::now() < end {
-                call(client.clone(), round.clone(), counts_from).await;
+                let (client, request, round) = (client.clone(), request.clone(), round.clone());
+                call(client, number, request, round, counts_from).await;
             }
         });
     }
@@ -131,7 +127,8 @@ async fn saturate(clients: &[Client], in_flight: usize) -> Round {
 }
 
 /// Calls begin at this rate, come what may.
-async fn overload(clients: &[Client], rate: f64) -> Round {
+async fn overload(client: &RawClient, rate: f64) -> Round {
+    let request = load::load_request(0);
     let round = Arc::<Mutex<Round>>::default();
     let begin = Instant::now();
     let counts_from = begin + WARM_UP;
@@ -141,8 +138,8 @@ async fn overload(clients: &[Client], rate: f64) -> Round {
     while Instant::now() < end {
         let due = (begin.elapsed().as_secs_f64() * rate) as usize;
         for number in begun..due {
-            let client = clients[number % clients.len()].clone();
-            calls.spawn(call(client, round.clone(), counts_from));
+            let (client, request, round) = (client.clone(), request.clone(), round.clone());
+            calls.spawn(call(client, number, request, round, counts_from));
         }
         begun = due;
         while calls.try_join_next().is_some() {}

@@ -2,7 +2,8 @@
 //! it shows, its tables name what the program has, its ACL line is enough.
 //!
 //! A block of commands is marked by how it is run: `sh test` one after the other
-//! in one shell, `sh example` in a copy of what the examples need.
+//! in one shell, `sh example` in a copy of what the examples need, `sh rust example`
+//! where it lies.
 
 mod common;
 
@@ -145,6 +146,24 @@ fn the_examples_in_other_languages_print_what_the_readme_shows() {
         let shown = shown.expect("each is shown with its output");
         assert!(text(&output).ends_with(&shown), "{}", text(&output));
     }
+}
+
+#[test]
+fn the_rust_example_prints_what_the_readme_shows() {
+    let service = Service::start(&[]);
+    let blocks = blocks(&readme(), "```sh rust example");
+    let [Example { commands, shown }] = &blocks[..] else {
+        panic!("{} blocks", blocks.len());
+    };
+    assert!(commands.contains(ADDRESS_IN_README));
+    let output = Command::new("bash")
+        .args(["-ec", &commands.replace(ADDRESS_IN_README, service.addr())])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{commands}\n{errors}");
+    assert_eq!(Some(text(&output)), *shown);
 }
 
 #[test]

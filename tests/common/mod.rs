@@ -39,6 +39,7 @@ impl Process {
     /// Starts a program that the tests need; `install` is what to do if it is
     /// missing.
     pub fn spawn(command: &mut Command, install: &str) -> Self {
+        pass_on_coverage(command);
         let child = command.spawn().unwrap_or_else(|error| {
             panic!(
                 "cannot start {:?}: {error}; {install}",
@@ -67,6 +68,14 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// Under `make coverage`, what a process has run is written to a file: also when its
+/// environment is otherwise its own, and `%c`, while it runs, for most are killed.
+fn pass_on_coverage(command: &mut Command) {
+    if let Ok(profile) = std::env::var("LLVM_PROFILE_FILE") {
+        command.env("LLVM_PROFILE_FILE", profile.replace("%p", "%p%c"));
     }
 }
 
