@@ -2,7 +2,7 @@
 # `run` needs Rust, gcc and make; the rest needs what `tools` installs.
 
 .DEFAULT_GOAL := help
-.PHONY: run test chaos replicas matrix failover-times bench abuse lint dist tools proto-image prometheus-rule clean-tools next-step help
+.PHONY: run test chaos replicas matrix failover-times bench abuse coverage lint dist tools proto-image prometheus-rule clean-tools next-step help
 .NOTPARALLEL:
 
 PROTO_IMAGE := proto/groupstate.v1.binpb
@@ -46,6 +46,14 @@ lint: tools ## Check formatting, clippy, and that the proto is well-formed and c
 	cargo clippy --locked --all-targets -- -D warnings
 	$(BUF) lint proto
 	$(BUF) breaking proto --against $(PROTO_IMAGE)
+
+# Processes that the tests kill write what they have run while they run, for which
+# the counters have to lie in the file: the flag. (%c, in tests/common/mod.rs.)
+coverage: tools ## Measure which lines of src/ the tests run; at first it builds cargo-tarpaulin
+	test -x .tools/bin/cargo-tarpaulin || cargo install --locked --root .tools cargo-tarpaulin
+	RUSTFLAGS='-C llvm-args=-runtime-counter-relocation' .tools/bin/cargo-tarpaulin tarpaulin --locked \
+		--engine llvm --target-dir target/coverage --objects target/coverage/debug/groupstate \
+		--include-files 'src/*' --skip-clean --timeout 900 --out Stdout --out Html --output-dir target/coverage
 
 dist: tools ## Take the steps of the Dockerfile without Docker, and try what they make
 	tests/deploy/dist.py

@@ -17,6 +17,7 @@ use crate::{
     common::{
         certificates::Valid,
         redis_server::{self, RedisServer, url},
+        replicated::{Kind, Replicated},
         service::Service,
     },
     store_request,
@@ -62,21 +63,20 @@ impl Calls {
 
 /// A service that has the password from a file.
 struct Scene {
-    redis: RedisServer,
     folder: TempDir,
     service: Service,
 }
 
 impl Scene {
-    async fn new() -> Self {
-        let redis = RedisServer::start().await;
+    /// Over the Redis that a URL without user and password names.
+    async fn new(url: &str) -> Self {
         let [user, password] = redis_server::login();
         let folder = TempDir::new().unwrap();
         let file = folder.path().join("password");
         fs::write(&file, format!("{password}\n")).unwrap();
         let service = Service::start(&[
             "--redis-url",
-            &format!("redis://{}", redis.addr()),
+            url,
             "--redis-username",
             user,
             "--redis-password-file",
@@ -85,20 +85,46 @@ impl Scene {
             "100ms",
         ]);
         works_on_redis(&service).await;
-        Self {
-            redis,
-            folder,
-            service,
-        }
+        Self { folder, service }
     }
 
     fn write_password(&self, password: &str) {
         fs::write(self.folder.path().join("password"), password).unwrap();
     }
 
-    async fn set_user(&self, rule: &str) {
-        let [user, _] = redis_server::login();
-        let () = admin(&self.redis, &["ACL", "SETUSER", user, rule]).await;
+    /// First these servers take both passwords, then the file has the new one, then
+    /// they take no other.
+    async fn changes_the_password(&self, servers: &[RedisServer]) {
+        let [_, old] = redis_server::login();
+        let calls = Calls::start(&self.service).await;
+        set_user(servers, ">n3w-password").await;
+        self.write_password("n3w-password\n");
+        self.service.wait_for_log(TAKEN, TAKEN_WITHIN);
+        set_user(servers, &format!("<{old}")).await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(calls.end().await > 50);
+
+        kill_connections(servers).await;
+        works_on_redis(&self.service).await;
+        let told = |line: &String| line.contains("n3w");
+        assert!(!self.service.log().iter().any(told));
+    }
+}
+
+/// Changes the user as whom the service logs in.
+async fn set_user(servers: &[RedisServer], rule: &str) {
+    let [user, _] = redis_server::login();
+    for server in servers {
+        let () = admin(server, &["ACL", "SETUSER", user, rule]).await;
+    }
+}
+
+/// Breaks all connections of that user: new ones have to log in.
+async fn kill_connections(servers: &[RedisServer]) {
+    let [user, _] = redis_server::login();
+    for server in servers {
+        let killed: usize = admin(server, &["CLIENT", "KILL", "USER", user]).await;
+        assert!(killed > 0);
     }
 }
 
@@ -111,30 +137,32 @@ async fn admin<T: redis::FromRedisValue>(redis: &RedisServer, words: &[&str]) ->
         .unwrap()
 }
 
-/// First Redis takes both passwords, then the file has the new one, then Redis
-/// takes no other.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_password_that_changes_costs_no_call() {
-    let scene = Scene::new().await;
-    let [user, old] = redis_server::login();
-    let calls = Calls::start(&scene.service).await;
-    scene.set_user(">n3w-password").await;
-    scene.write_password("n3w-password\n");
-    scene.service.wait_for_log(TAKEN, TAKEN_WITHIN);
-    scene.set_user(&format!("<{old}")).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    assert!(calls.end().await > 50);
+    let redis = [RedisServer::start().await];
+    let scene = Scene::new(&without_login(&redis[0].url())).await;
+    scene.changes_the_password(&redis).await;
+}
 
-    let killed: usize = admin(&scene.redis, &["CLIENT", "KILL", "USER", user]).await;
-    assert!(killed > 0);
-    works_on_redis(&scene.service).await;
-    assert!(scene.service.log().iter().all(|line| !line.contains("n3w")));
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_that_changes_costs_no_call_by_sentinel_or_in_a_cluster() {
+    for kind in [Kind::Sentinel, Kind::Cluster] {
+        let redis = Replicated::start(kind).await;
+        let scene = Scene::new(&without_login(&redis.url())).await;
+        scene.changes_the_password(redis.primaries()).await;
+    }
+}
+
+fn without_login(url: &str) -> String {
+    let [user, password] = redis_server::login();
+    url.replace(&format!("{user}:{password}@"), "")
 }
 
 /// It may be in the file before Redis knows it, or be wrong.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_password_that_redis_does_not_take_is_said_and_the_one_of_before_is_used() {
-    let scene = Scene::new().await;
+    let redis = [RedisServer::start().await];
+    let scene = Scene::new(&without_login(&redis[0].url())).await;
     let calls = Calls::start(&scene.service).await;
     scene.write_password("n3w-password");
     let said = scene.service.wait_for_log("does not take", TAKEN_WITHIN);
@@ -147,12 +175,10 @@ async fn a_password_that_redis_does_not_take_is_said_and_the_one_of_before_is_us
     scene.service.wait_for_log("of no use", TAKEN_WITHIN);
     assert!(calls.end().await > 50);
     // New connections have the password that was right.
-    let [user, _] = redis_server::login();
-    let killed: usize = admin(&scene.redis, &["CLIENT", "KILL", "USER", user]).await;
-    assert!(killed > 0);
+    kill_connections(&redis).await;
     works_on_redis(&scene.service).await;
 
-    scene.set_user(">n3w-password").await;
+    set_user(&redis, ">n3w-password").await;
     scene.service.wait_for_log(TAKEN, TAKEN_WITHIN);
     works_on_redis(&scene.service).await;
     assert!(scene.service.log().iter().all(|line| !line.contains("n3w")));
@@ -199,8 +225,6 @@ async fn certificates_that_change_are_used() {
         service.log().iter().filter(|line| taken(line)).count() >= 2
     })
     .await;
-    let [user, _] = redis_server::login();
-    let killed: usize = admin(&redis, &["CLIENT", "KILL", "USER", user]).await;
-    assert!(killed > 0);
+    kill_connections(std::slice::from_ref(&redis)).await;
     works_on_redis(&service).await;
 }
