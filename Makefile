@@ -2,13 +2,15 @@
 # `run` needs Rust, gcc and make; the rest needs what `tools` installs.
 
 .DEFAULT_GOAL := help
-.PHONY: run test chaos replicas matrix failover-times bench abuse coverage lint dist tools proto-image prometheus-rule clean-tools next-step help
+.PHONY: run test chaos replicas matrix failover-times bench abuse fuzz random-client deny coverage lint dist tools proto-image prometheus-rule clean-tools next-step help
 .NOTPARALLEL:
 
 PROTO_IMAGE := proto/groupstate.v1.binpb
 PROMETHEUS_RULE := deploy/kubernetes/monitoring/prometheus-rule.yaml
 BUF := .tools/bin/buf
 SEEDS ?= 1..20
+FUZZ_SECONDS ?= 60
+SECONDS ?= 60
 
 run: ## Build and start the service, by default with groups in memory; ARGS='--redis-url …' adds settings
 	cargo build --release --locked
@@ -41,8 +43,23 @@ bench: tools ## Measure what calls cost beside a thin pass-through, and write it
 abuse: ## Misbehave as clients in every way at full size, and print what it costs; ABUSE=Idle does one
 	cargo test --release --locked --test front_door at_full_size -- --ignored --nocapture
 
+fuzz: ## Try made-up inputs on everything that reads bytes from outside, FUZZ_SECONDS=60 each; needs a nightly compiler
+	fuzz/run $(FUZZ_SECONDS)
+
+random-client: tools ## Send anything to the service for SECONDS=60, in memory and on Redis, and print what comes back; SEED=1
+	RANDOM_CLIENT_SECONDS='$(SECONDS)' RANDOM_CLIENT_SEED='$(or $(SEED),1)' \
+		cargo test --locked --test front_door random::for_a_long_time -- --ignored --nocapture
+
+# Not a part of `lint`: to build cargo-deny takes minutes.
+deny: .tools/bin/cargo-deny ## Check the licences of what we depend on, where it comes from, and what is there twice
+	$< --locked check licenses bans sources
+
+.tools/bin/cargo-deny:
+	cargo install cargo-deny --locked --version 0.20.2 --root .tools
+
 lint: tools ## Check formatting, clippy, and that the proto is well-formed and compatible
 	cargo fmt --check
+	cargo fmt --check --manifest-path fuzz/Cargo.toml
 	cargo clippy --locked --all-targets -- -D warnings
 	$(BUF) lint proto
 	$(BUF) breaking proto --against $(PROTO_IMAGE)

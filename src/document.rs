@@ -171,7 +171,8 @@ impl Document {
         let json = self.json.strip_suffix(b"}")?;
         let digits = json.iter().rev().take_while(|c| c.is_ascii_digit()).count();
         let (rest, digits) = json.split_at(json.len() - digits);
-        if !rest.ends_with(b"},\"version\":") {
+        // With a zero in front it is no number of JSON, so nobody can read the document.
+        if !rest.ends_with(b"},\"version\":") || digits.starts_with(b"0") {
             return None;
         }
         let version = std::str::from_utf8(digits).ok()?.parse().ok()?;
@@ -243,6 +244,8 @@ mod tests {
         assert_eq!(foreign.version(), Some(version(7)));
         assert!(!foreign.was_written_by("i-1"));
         assert_eq!(document("a", "{}").version(), None);
+        let no_number = r#"{"key":"a","metadata":{"state":"mixed"},"version":007}"#;
+        assert_eq!(document("a", no_number).version(), None);
         assert!(!document("a", "").was_written_by("i-1"));
     }
 

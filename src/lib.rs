@@ -21,13 +21,14 @@
 //! | [`group`] | the domain |
 //! | [`version`] | versions, write ids, the clock of Redis |
 
-#![forbid(unsafe_code)]
-
 pub mod admin;
 pub mod auth;
 pub mod config;
 pub mod connections;
 pub mod document;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod group;
 pub mod grpc;
 pub mod manager;

@@ -14,6 +14,7 @@ mod receive;
 pub mod service;
 pub(crate) mod status;
 pub mod validation;
+mod weight;
 
 /// The generated messages, server and client.
 pub mod proto {

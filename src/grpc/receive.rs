@@ -4,7 +4,7 @@
 //!
 //! The decoder of tonic makes room for a message as soon as it has read its
 //! length: five bytes would cost as much as the largest request. Here a request takes the
-//! room of what has come.
+//! room of what has come; and what it grows to when it is decoded is told before.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,7 +18,7 @@ use tokio::{
 };
 use tonic::body::Body;
 
-use super::status::CallError;
+use super::{status::CallError, weight::decoded_bytes};
 use crate::{
     telemetry::{self, Limit},
     waits::Wait,
@@ -41,6 +41,10 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What gRPC puts before a message: a flag, and the length in four bytes.
 const PREFIX_BYTES: usize = 5;
+
+/// Decoded, a request takes at most so many times `--max-request-bytes`. Alerts without a
+/// label, in messages of that size, come to less.
+const MOST_GROWTH: usize = 16;
 
 /// More than a request to `grpc.health.v1` has to say.
 const MAX_HEALTH_REQUEST_BYTES: usize = 1_024;
@@ -66,11 +70,20 @@ impl Inbox {
         B: HttpBody<Data = Bytes> + Unpin,
     {
         let mut room = Room::default();
-        let body = collect(body, wait, self.max_request_bytes, |bytes| {
+        let whole = collect(body, wait, self.max_request_bytes, |bytes| {
             self.make_room(&mut room, bytes)
         })
         .await?;
-        Ok((body, room))
+        let decoded = decoded_bytes(whole.get(PREFIX_BYTES..).unwrap_or_default());
+        if decoded > self.max_request_bytes.saturating_mul(MOST_GROWTH) {
+            return Err(CallError::message_too_large(&format!(
+                "decoded, it would take {decoded} bytes, over {MOST_GROWTH} times that"
+            )));
+        }
+        // By itself, any request is let in.
+        let takes = decoded.min(self.max_inflight_bytes);
+        self.make_room(&mut room, takes.saturating_sub(whole.len()))?;
+        Ok((Body::new(Full::new(whole)), room))
     }
 
     /// The request of a health call, which is never shed.
@@ -82,7 +95,8 @@ impl Inbox {
     where
         B: HttpBody<Data = Bytes> + Unpin,
     {
-        collect(body, wait, MAX_HEALTH_REQUEST_BYTES, |_| Ok(())).await
+        let whole = collect(body, wait, MAX_HEALTH_REQUEST_BYTES, |_| Ok(())).await?;
+        Ok(Body::new(Full::new(whole)))
     }
 
     fn make_room(&self, room: &mut Room, bytes: usize) -> Result<(), CallError> {
@@ -109,7 +123,7 @@ async fn collect<B>(
     mut wait: Option<&mut Wait>,
     max_message_bytes: usize,
     mut take: impl FnMut(usize) -> Result<(), CallError>,
-) -> Result<Body, CallError>
+) -> Result<Bytes, CallError>
 where
     B: HttpBody<Data = Bytes> + Unpin,
 {
@@ -158,8 +172,7 @@ where
     if let Some(wait) = wait {
         wait.clear();
     }
-    let whole = if all.is_empty() { first } else { all.freeze() };
-    Ok(Body::new(Full::new(whole)))
+    Ok(if all.is_empty() { first } else { all.freeze() })
 }
 
 /// The length of the message that a body begins with.
@@ -259,6 +272,32 @@ mod tests {
                 .await
                 .is_ok()
         );
+    }
+
+    #[tokio::test]
+    async fn what_it_grows_to_when_it_is_decoded_is_bounded_and_takes_room() {
+        let empty_groups = |number: usize| {
+            let mut message = message(2 * number);
+            message.truncate(PREFIX_BYTES);
+            message.extend([0x0a, 0].repeat(number));
+            vec![message]
+        };
+        let inbox = Inbox::new(100_000, 10_000);
+        let one = decoded_bytes(&[0x0a, 0]);
+        let most = 10_000 * MOST_GROWTH / one;
+        let error = refused(&inbox, empty_groups(most + 1), true).await;
+        assert_eq!(error.code, Code::ResourceExhausted);
+        assert_eq!(inbox.room.available_permits(), 100_000);
+        let (_, room) = inbox
+            .receive(body(empty_groups(20), true), None)
+            .await
+            .unwrap();
+        assert_eq!(inbox.room.available_permits(), 100_000 - 20 * one);
+        drop(room);
+        // Alone, a request may take all of the room.
+        let received = inbox.receive(body(empty_groups(most), true), None).await;
+        assert_eq!(inbox.room.available_permits(), 0);
+        assert!(received.is_ok());
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,7 +1,11 @@
 //! From the proto to the domain. Everything from outside is checked here, and
 //! every fault is reported with the path of its field.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Write},
+    time::Duration,
+};
 
 use prost_types::Timestamp;
 
@@ -45,6 +49,12 @@ pub struct Violations(Vec<(String, String)>);
 /// One group of a batch: its key as it was sent, and the group if it is valid.
 pub type BatchEntry = (String, Result<AlertGroup, CallError>);
 
+/// As much of a text as there is room for, while it is being written.
+struct Beginning {
+    text: String,
+    most_bytes: usize,
+}
+
 /// The two ways to say when a group expires, as the requests have them.
 pub enum ExpiryField {
     Ttl(prost_types::Duration),
@@ -61,8 +71,7 @@ impl Violations {
     /// Notes a fault. The path is only put together when there is one.
     fn add(&mut self, field: fmt::Arguments<'_>, description: impl Into<String>) {
         if self.0.len() < Self::MAX_REPORTED {
-            let mut field = field.to_string();
-            super::status::truncate(&mut field, Self::MAX_FIELD_BYTES);
+            let field = beginning(field, Self::MAX_FIELD_BYTES);
             self.0.push((field, description.into()));
         }
     }
@@ -74,6 +83,34 @@ impl Violations {
             _ => Err(CallError::invalid(self.0)),
         }
     }
+}
+
+// === impl Beginning ===
+
+impl fmt::Write for Beginning {
+    fn write_str(&mut self, part: &str) -> fmt::Result {
+        let room = self.most_bytes - self.text.len();
+        let fitting = &part[..part.floor_char_boundary(room)];
+        self.text.push_str(fitting);
+        // An error ends the writing.
+        (fitting.len() == part.len())
+            .then_some(())
+            .ok_or(fmt::Error)
+    }
+}
+
+/// A text, or its beginning and `…`. It is never put together as a whole: escaped, the
+/// name of a field may take five times what the request took.
+fn beginning(text: fmt::Arguments<'_>, bytes: usize) -> String {
+    let mut beginning = Beginning {
+        text: String::new(),
+        // One more than fits, to see that it does not.
+        most_bytes: bytes + char::MAX.len_utf8(),
+    };
+    let _ = beginning.write_fmt(text);
+    let mut text = beginning.text;
+    super::status::truncate(&mut text, bytes);
+    text
 }
 
 // === impl Limits ===
@@ -483,3 +520,24 @@ macro_rules! expiry_field {
 
 // The oneof is generated once for each request that has it.
 expiry_field!(store_request, compare_and_swap_request, store_all_request);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_long_name_no_more_is_written_than_is_shown() {
+        struct Endless;
+        impl fmt::Display for Endless {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                loop {
+                    f.write_str("ключ")?;
+                }
+            }
+        }
+        let shown = beginning(format_args!("{Endless}"), 21);
+        assert_eq!(shown, "ключключк…");
+        assert_eq!(beginning(format_args!("ключ{}", "."), 9), "ключ.");
+        assert_eq!(beginning(format_args!("ключ{}", ".."), 9), "клю…");
+    }
+}

@@ -33,14 +33,16 @@ impl PageToken {
         URL_SAFE_NO_PAD.encode(json)
     }
 
-    /// Reads a token for a listing of `prefix`.
+    /// Reads a token for a listing of `prefix`: as [`Self::encode`] made it, and in no
+    /// other spelling.
     pub fn decode(token: &str, prefix: &str) -> Result<Self, StoreError> {
         let unreadable = StoreError::InvalidPageToken("this is not a page token of this service");
         let Ok(json) = URL_SAFE_NO_PAD.decode(token) else {
             return Err(unreadable);
         };
-        let Ok(token) = serde_json::from_slice::<Self>(&json) else {
-            return Err(unreadable);
+        let token = match serde_json::from_slice::<Self>(&json) {
+            Ok(read) if read.encode() == token => read,
+            _ => return Err(unreadable),
         };
         if token.prefix != prefix {
             return Err(StoreError::InvalidPageToken(
@@ -64,6 +66,21 @@ impl PageToken {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn another_spelling_of_a_token_is_none() {
+        let token = r#"{"b":"redis","s":"a","c":"0:1","p":""}"#;
+        let decode = |json: &str| PageToken::decode(&URL_SAFE_NO_PAD.encode(json), "");
+        assert!(decode(token).is_ok());
+        for other in [
+            r#"["redis","a","0:1",""]"#,
+            r#"{"s":"a","b":"redis","c":"0:1","p":""}"#,
+            r#"{"b":"redis","s":"\u0061","c":"0:1","p":""}"#,
+            r#"{"b":"redis","s":"a","c":"0:1","p":""} "#,
+        ] {
+            assert!(decode(other).is_err(), "{other}");
+        }
+    }
 
     proptest! {
         #[test]

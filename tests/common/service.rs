@@ -158,9 +158,18 @@ impl Service {
 
     /// Memory that the process holds, in bytes (its resident set size).
     pub fn resident_bytes(&self) -> usize {
+        self.memory("VmRSS:")
+    }
+
+    /// The most that it has held.
+    pub fn most_resident_bytes(&self) -> usize {
+        self.memory("VmHWM:")
+    }
+
+    fn memory(&self, what: &str) -> usize {
         let path = format!("/proc/{}/status", self.process.child.id());
         let status = std::fs::read_to_string(path).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+        let line = status.lines().find(|line| line.starts_with(what));
         let kib: usize = line
             .and_then(|line| line.split_whitespace().nth(1))
             .and_then(|kib| kib.parse().ok())

@@ -2,7 +2,7 @@
 //!
 //! `suite.rs` holds what every store promises; a new store is a new line below.
 //! The other files hold what only Redis can show: documents of other writers,
-//! lost replies, restarts.
+//! lost replies, restarts, what the scripts read of a document.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -11,6 +11,7 @@ mod documents;
 mod listing;
 mod lost_replies;
 mod suite;
+mod tails;
 
 use std::{
     sync::{

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use groupstate::grpc::proto as pb;
-use tonic::{Code, Status};
+use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
 
 use crate::{
@@ -98,6 +98,33 @@ async fn a_limit_of_a_request_lets_the_largest_through_and_names_itself() {
         // In the message, so that whoever reads it can act.
         assert!(refused.message().contains(setting[0]), "{refused:?}");
     }
+}
+
+/// Two bytes of a request are an empty group, which takes five hundred in memory.
+#[tokio::test]
+async fn what_would_grow_when_it_is_decoded_is_refused_before() {
+    const GROUPS: usize = 1 << 20;
+
+    let service = Service::start(&[]);
+    let mut client = tonic::client::Grpc::new(crate::channel(&service, None));
+    client.ready().await.unwrap();
+    // Empty keys look like empty groups, and are quickly made.
+    let empty = pb::ListKeysResponse {
+        keys: vec![String::new(); GROUPS],
+        ..Default::default()
+    };
+    let codec = tonic_prost::ProstCodec::<_, pb::StoreAllResponse>::default();
+    let path = "/groupstate.v1.GroupStateService/StoreAll".parse().unwrap();
+    let before = service.most_resident_bytes();
+    let refused = client.unary(Request::new(empty), path, codec).await;
+    let grown = service.most_resident_bytes() - before;
+    let refused = refused.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
+    let info = refused.get_details_error_info().unwrap();
+    assert_eq!(info.reason, "MESSAGE_TOO_LARGE");
+    assert_eq!(info.metadata["limit"], "max-request-bytes");
+    // The request itself, as it came and put together.
+    assert!(grown < 10 * 2 * GROUPS, "{grown}");
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ mod common;
 mod abuse;
 mod clients;
 mod limits;
+mod random;
 mod rotation;
 mod settings;
 mod wire;

@@ -35,8 +35,8 @@ local function version_of_whole(document)
   local version = value.version
   if version == nil or version == cjson.null then return '0' end
   if type(version) ~= 'number' or version < 0 or version % 1 ~= 0 then return nil end
-  -- cjson has rounded it already; any greater number says "beyond".
-  if version > tonumber(MAX_RAISABLE) then return '9007199254740993', true end
+  -- cjson has rounded it already, 2^53 + 1 to 2^53; any greater number says "beyond".
+  if version >= tonumber(MAX_RAISABLE) then return '9007199254740993', true end
   return string.format('%.0f', version)
 end
 

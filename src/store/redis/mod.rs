@@ -18,6 +18,9 @@ mod alone;
 mod attempt;
 mod connection;
 mod fault;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod link;
 mod scan;
 mod script;

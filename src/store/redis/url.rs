@@ -93,6 +93,10 @@ impl RedisUrl {
         let url = Url::parse(url)
             .map_err(|error| format!("is not a URL: {error}; it is {}", scheme.form()))?;
         scheme.check_parameters(&url)?;
+        if url.fragment().is_some() {
+            // What follows would be lost: redis://u:1#s3cret@host is host u, port 1.
+            return Err("holds a #, which is written as %23 in a password".into());
+        }
         Ok(Self {
             deployment: deployment(scheme, &url)?,
             credentials: Credentials {
@@ -355,6 +359,7 @@ mod tests {
             ("redis://h/256", "not a number from 0 to 255"),
             ("redis://u:1?s3cret@h", "%3F"),
             ("redis://h?node=s3cret:1", "it knows none"),
+            ("redis://u:1#s3cret@h", "%23"),
             ("redis-cluster://h/1", "must not name a database"),
             ("redis-cluster://h?node=s3cret", "node= must be host:port"),
             ("redis-cluster://h?node=:1", "node= must be host:port"),

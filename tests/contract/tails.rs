@@ -1,0 +1,243 @@
+//! What the scripts read of a document and what Rust reads of it is the same: documents
+//! are made up by the hundred, and a real Redis is asked.
+
+use std::sync::LazyLock;
+
+use groupstate::{
+    document::{Document, DocumentHead},
+    group::{AlertGroup, GroupKey, GroupMetadata},
+    version::Version,
+};
+use proptest::{prelude::*, test_runner::TestRunner};
+use redis::{AsyncCommands, aio::MultiplexedConnection};
+use tokio::runtime::Handle;
+
+use crate::common::redis_server::RedisServer;
+
+/// Answers what the scripts find out of a document: its version, whether that is not
+/// exact, and its write id; empty where there is none.
+static LOOK_UP: LazyLock<redis::Script> = LazyLock::new(|| {
+    redis::Script::new(concat!(
+        include_str!("../../src/store/redis/document.lua"),
+        "local found = look_up(KEYS[1])
+         return {found.version or '', found.inexact and '1' or '', found.write_id or ''}"
+    ))
+});
+
+/// Times as many cases as proptest tries by itself.
+const MORE_CASES: u32 = 8;
+const KEY: &str = "k";
+
+/// A field with half of a surrogate pair. Redis cannot parse it; Rust passes over it in
+/// a field that it does not know.
+const HALF_A_PAIR: &str = r#""x":"\ud800""#;
+const WRITE_ID: &str = "0123456789ab-1";
+
+/// What the scripts find out.
+#[derive(Debug)]
+struct Found {
+    version: String,
+    inexact: bool,
+    write_id: String,
+}
+
+async fn look_up(connection: &mut MultiplexedConnection, document: &[u8]) -> Found {
+    let () = connection.set(KEY, document).await.unwrap();
+    let (version, inexact, write_id): (String, String, Vec<u8>) =
+        LOOK_UP.key(KEY).invoke_async(connection).await.unwrap();
+    Found {
+        version,
+        inexact: !inexact.is_empty(),
+        write_id: String::from_utf8_lossy(&write_id).into_owned(),
+    }
+}
+
+/// A version as somebody may write it.
+fn number() -> impl Strategy<Value = String> {
+    const EDGES: [&str; 19] = [
+        "0",
+        "1",
+        "-1",
+        "16",
+        "007",
+        "9007199254740991",
+        "9007199254740992",
+        "9007199254740993",
+        "9007199254740994",
+        "9223372036854775807",
+        "9223372036854775808",
+        "99999999999999999999999",
+        "7.0",
+        "1e3",
+        "1e400",
+        "null",
+        "\"7\"",
+        "true",
+        "{}",
+    ];
+    prop_oneof![
+        prop::sample::select(&EDGES[..]).prop_map(str::to_owned),
+        any::<i64>().prop_map(|number| number.to_string()),
+    ]
+}
+
+/// A field beside those that are known, or one of them again.
+fn more() -> impl Strategy<Value = String> {
+    const TEXTS: [&str; 12] = [
+        r#""x":"\"},\"version\":5}""#,
+        r#""x\"},\"version":5"#,
+        r#""x":{"version":5}"#,
+        r#""x":[{"write_id":"0123456789ab-1","version":5},{"version":5}]"#,
+        r#""x":"\ud83d\ude00""#,
+        HALF_A_PAIR,
+        r#""x":1e400"#,
+        r#""x":"}{""#,
+        r#""version":5"#,
+        r#""Version":5"#,
+        r#""write_id":"0123456789ab-1""#,
+        r#""key":"k""#,
+    ];
+    prop::sample::select(&TEXTS[..]).prop_map(str::to_owned)
+}
+
+/// A document with its fields in any order, mostly readable.
+fn of_others() -> impl Strategy<Value = Vec<u8>> {
+    let metadata = (
+        prop::option::of(number()),
+        prop::option::of(prop::sample::select(&[WRITE_ID, "", "x", "\\u0041"][..])),
+    )
+        .prop_map(|(version, write_id)| {
+            let mut fields = vec![r#""state":"mixed""#.to_owned()];
+            fields.extend(write_id.map(|id| format!(r#""write_id":"{id}""#)));
+            fields.extend(version.map(|version| format!(r#""version":{version}"#)));
+            format!(r#""metadata":{{{}}}"#, fields.join(","))
+        });
+    let version = number().prop_map(|version| format!(r#""version":{version}"#));
+    let fields = (
+        metadata,
+        prop::option::weighted(0.9, version),
+        prop::collection::vec(more(), 0..2),
+    )
+        .prop_map(|(metadata, version, more)| {
+            let mut fields = vec![r#""key":"k""#.to_owned(), metadata];
+            fields.extend(more);
+            fields.extend(version);
+            fields
+        })
+        .boxed();
+    let fields = prop_oneof![fields.clone(), fields.prop_shuffle()];
+    (fields, prop::sample::select(&["", " ", "\n"][..])).prop_map(|(fields, space)| {
+        let fields = fields.join(&format!(",{space}"));
+        format!("{space}{{{fields}{space}}}{space}").into_bytes()
+    })
+}
+
+/// A document of ours, of which some text comes last before the tail.
+fn ours() -> impl Strategy<Value = Vec<u8>> {
+    (any::<Vec<String>>(), 1i64..).prop_map(|(group_by, version)| {
+        let group = AlertGroup {
+            key: GroupKey::new(KEY).unwrap(),
+            alerts: Default::default(),
+            metadata: GroupMetadata {
+                group_by,
+                ..GroupMetadata::default()
+            },
+        };
+        let version = Version::new(version).unwrap();
+        let document = DocumentHead::new(&group).finish(WRITE_ID, version);
+        document.json.to_vec()
+    })
+}
+
+fn documents() -> impl Strategy<Value = Vec<u8>> {
+    prop_oneof![
+        4 => of_others(),
+        2 => ours(),
+        // Cut, or with another byte in it.
+        1 => (of_others(), any::<prop::sample::Index>()).prop_map(|(mut json, at)| {
+            json.truncate(at.index(json.len()));
+            json
+        }),
+        1 => (of_others(), any::<prop::sample::Index>(), any::<u8>()).prop_map(
+            |(mut json, at, byte)| {
+                let at = at.index(json.len());
+                json[at] = byte;
+                json
+            }
+        ),
+    ]
+}
+
+/// What holds for every document.
+fn check(json: &[u8], found: &Found) -> Result<(), TestCaseError> {
+    let document = Document {
+        key: GroupKey::new(KEY).unwrap(),
+        json: json.to_vec().into(),
+    };
+    let says = |version: Version| {
+        if found.inexact {
+            version.get() >= Version::MAX_RAISABLE
+        } else {
+            found.version == version.to_string()
+        }
+    };
+    let read = document.parse();
+    if let Ok(group) = &read {
+        let version = group.metadata.version.unwrap();
+        if found.version.is_empty() {
+            // So nobody is told another version.
+            let shown = String::from_utf8_lossy(json);
+            prop_assert!(shown.contains(HALF_A_PAIR), "Redis cannot read it");
+            return Ok(());
+        }
+        prop_assert!(says(version), "read as {version}");
+        prop_assert_eq!(document.version(), Some(version));
+    }
+    // What only the tail says is said by both.
+    if let Some(version) = document.version() {
+        prop_assert!(says(version), "the tail says {version}");
+    }
+    if found.write_id == WRITE_ID {
+        prop_assert!(document.was_written_by(WRITE_ID));
+        if let Ok(group) = &read {
+            prop_assert_eq!(&group.metadata.write_id, WRITE_ID);
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rust_and_the_scripts_read_the_same_of_any_document() {
+    let server = RedisServer::start().await;
+    let connection = server.connect().await;
+    let handle = Handle::current();
+    let tried = tokio::task::spawn_blocking(move || {
+        let default = ProptestConfig::default();
+        let config = ProptestConfig {
+            cases: default.cases * MORE_CASES,
+            // What failed stands in the message, and becomes a case below.
+            failure_persistence: None,
+            ..default
+        };
+        TestRunner::new(config).run(&documents(), |json| {
+            let mut connection = connection.clone();
+            let found = handle.block_on(look_up(&mut connection, &json));
+            let shown = String::from_utf8_lossy(&json).into_owned();
+            check(&json, &found)
+                .map_err(|error| TestCaseError::fail(format!("{shown}: {found:?}: {error}")))
+        })
+    });
+    tried.await.unwrap().unwrap();
+}
+
+/// What has been read differently.
+#[tokio::test]
+async fn documents_that_were_read_differently_are_not_any_more() {
+    let server = RedisServer::start().await;
+    let mut connection = server.connect().await;
+    // 2^53 + 1, which Lua rounds to 2^53.
+    let rounded = br#"{"version":9007199254740993,"key":"k","metadata":{"state":"mixed"}}"#;
+    let found = look_up(&mut connection, rounded).await;
+    assert!(found.inexact, "{found:?}");
+    check(rounded, &found).unwrap();
+}
