@@ -34,7 +34,7 @@ pub struct Struck {
     pub writable: Moment,
     /// Redis lost all its data.
     pub wiped: bool,
-    /// Every instance was in good health when it began.
+    /// Every instance was in good health before it began, when the schedule looked.
     pub from_health: bool,
     /// The schedule waited for the recovery.
     pub awaited: bool,
@@ -118,6 +118,10 @@ impl Outage {
     pub fn touches(&self, call: &Call) -> bool {
         let closed = self.closed.unwrap_or(Duration::MAX - Self::SLACK);
         self.opened <= call.end + Self::SLACK && closed + Self::SLACK >= call.begin
+    }
+
+    pub fn lasts_at(&self, moment: Moment) -> bool {
+        self.opened <= moment && self.closed.is_none_or(|closed| closed > moment)
     }
 }
 

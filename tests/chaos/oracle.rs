@@ -216,6 +216,11 @@ fn judge_faults(evidence: &Evidence, verdict: &mut Verdict) {
                 continue;
             }
             let fault = struck.step;
+            // The fault before may have opened the switch since: a call that it held
+            // up is given up some hundred milliseconds later.
+            let outages = &evidence.instances[instance].outages;
+            let from_health =
+                struck.from_health && !outages.iter().any(|outage| outage.lasts_at(struck.began));
             let first = |backend, from: Moment| {
                 let calls = evidence.calls.iter();
                 calls
@@ -241,14 +246,14 @@ fn judge_faults(evidence: &Evidence, verdict: &mut Verdict) {
                 // A short fault may end between two calls. One that came in its
                 // second half and went by is evidence.
                 Effect::Degrades
-                    if struck.from_health
+                    if from_health
                         && !degraded
                         && (to_memory.is_none() || could_show(struck.began, struck.writable)) =>
                 {
                     verdict.flaws.push(Flaw::NotNoticed { fault, instance });
                 }
                 Effect::Spares
-                    if struck.from_health
+                    if from_health
                         && to_memory.is_some()
                         && !evidence.stalled(struck.began, struck.writable) =>
                 {
@@ -256,7 +261,7 @@ fn judge_faults(evidence: &Evidence, verdict: &mut Verdict) {
                 }
                 _ => {}
             }
-            if struck.from_health && struck.step.effect() == Effect::Degrades {
+            if from_health && struck.step.effect() == Effect::Degrades {
                 verdict.to_memory.extend(to_memory);
             }
             if !struck.awaited || !degraded {

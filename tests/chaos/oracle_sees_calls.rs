@@ -104,6 +104,16 @@ fn a_short_stall_must_not_open_the_switch() {
     let mut opened = outage(Fault::Hang, 200, true, 1_000);
     opened.evidence.faults[0].writable += millis(200);
     opened.has(&["overreaction"]);
+    // One that was open already, by an earlier fault, was not opened by this one.
+    Story::new(Reconcile)
+        .stored(Redis, 10)
+        .opens()
+        .fault(Fault::Hang, 200, false)
+        .loaded(Memory, Some(10))
+        .closes(0)
+        .loaded(Redis, Some(10))
+        .ends_with(Some(10))
+        .holds();
 }
 
 #[test]
