@@ -3,7 +3,10 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use bytesize::ByteSize;
-use clap::Parser;
+use clap::{
+    Parser,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
 use http::{Uri, uri::Scheme};
 use tokio::task::JoinSet;
 
@@ -349,7 +352,9 @@ impl Settings {
     {
         let settings = Self::try_parse_from(arguments).map_err(|error| {
             let text = error.render();
-            if error.use_stderr() {
+            if is_bare_argument(&error) {
+                (BARE_ARGUMENT.to_owned(), 2)
+            } else if error.use_stderr() {
                 (one_line(&text.to_string()), 2)
             } else {
                 (text.to_string().trim_end().to_owned(), 0)
@@ -507,6 +512,18 @@ fn password(contents: &[Vec<u8>]) -> Result<String, String> {
         return Err("is empty".into());
     }
     Ok(password.to_owned())
+}
+
+/// What clap would repeat may be the URL of Redis with its password.
+const BARE_ARGUMENT: &str =
+    "error: an argument belongs to no setting: write --redis-url URL, and so on";
+
+/// Whether an argument is neither a flag nor the value of one.
+fn is_bare_argument(error: &clap::Error) -> bool {
+    let Some(ContextValue::String(argument)) = error.get(ContextKind::InvalidArg) else {
+        return false;
+    };
+    error.kind() == ErrorKind::UnknownArgument && !argument.starts_with('-')
 }
 
 /// clap explains an error in several lines; the first says what is wrong.
@@ -707,6 +724,11 @@ mod tests {
                 assert!(!text.contains("s3cret"), "{text}");
             }
         }
+        // The flag was forgotten.
+        assert_eq!(
+            read(&["redis://u:s3cret@host"]).unwrap_err(),
+            (BARE_ARGUMENT.to_owned(), 2)
+        );
         let settings = read(&["--redis-url", "redis://u:s3cret@host"]).unwrap();
         let (redis, _) = settings.redis().unwrap().unwrap();
         assert!(!format!("{redis:?}").contains("s3cret"));

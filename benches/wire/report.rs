@@ -70,6 +70,7 @@ impl Report {
     /// Writes the table and the picture.
     pub fn write(&self) {
         let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("benches/results");
+        fs::create_dir_all(&folder).unwrap();
         fs::write(folder.join("wire.md"), self.markdown()).unwrap();
         self.plot(&folder.join("wire.svg"));
         println!("\nwritten to {}", folder.join("wire.md").display());
