@@ -1,8 +1,9 @@
 //! Every setting, its default and its check. `--help` is the reference.
 
+mod value;
+
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use bytesize::ByteSize;
 use clap::{
     Parser,
     error::{ContextKind, ContextValue, ErrorKind},
@@ -10,6 +11,10 @@ use clap::{
 use http::{Uri, uri::Scheme};
 use tokio::task::JoinSet;
 
+use self::value::{
+    connection_age, count, duration, inflight_size, key_prefix, key_size, ratio, redis_timeout,
+    reload_interval, size, trip_after,
+};
 use crate::{
     auth::Tokens,
     grpc::validation::MIN_TTL,
@@ -316,7 +321,6 @@ pub enum LogFormat {
 
 /// Clocks can count up to here without a check at every sum.
 const LONGEST_TTL: Duration = Duration::from_secs(3_650 * 24 * 3_600);
-const LONGEST_REDIS_TIMEOUT: Duration = Duration::from_secs(60);
 
 // === impl LogLevel ===
 
@@ -536,93 +540,6 @@ fn one_line(text: &str) -> String {
         return format!("{first} {}", names.join(", "));
     }
     first
-}
-
-fn duration(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text).map_err(|_| "write it as 250ms, 5s or 24h".to_owned())
-}
-
-fn redis_timeout(text: &str) -> Result<Duration, String> {
-    let timeout = duration(text)?;
-    if !(Duration::from_millis(1)..=LONGEST_REDIS_TIMEOUT).contains(&timeout) {
-        return Err("must be from 1ms to 1m".into());
-    }
-    Ok(timeout)
-}
-
-fn trip_after(text: &str) -> Result<Duration, String> {
-    let trip_after = duration(text)?;
-    if !(Duration::from_millis(50)..=Duration::from_secs(60)).contains(&trip_after) {
-        return Err("must be from 50ms to 1m".into());
-    }
-    Ok(trip_after)
-}
-
-fn connection_age(text: &str) -> Result<Duration, String> {
-    let age = duration(text)?;
-    if !(Duration::from_secs(1)..=Duration::from_secs(365 * 24 * 3_600)).contains(&age) {
-        return Err("must be from 1s to 365d".into());
-    }
-    Ok(age)
-}
-
-fn reload_interval(text: &str) -> Result<Duration, String> {
-    let interval = duration(text)?;
-    if !(Duration::from_millis(100)..=Duration::from_secs(3_600)).contains(&interval) {
-        return Err("must be from 100ms to 1h".into());
-    }
-    Ok(interval)
-}
-
-/// What a semaphore can count.
-fn inflight_size(text: &str) -> Result<usize, String> {
-    let bytes = size(text)?;
-    if bytes > tokio::sync::Semaphore::MAX_PERMITS {
-        return Err("is too large".into());
-    }
-    Ok(bytes)
-}
-
-fn size(text: &str) -> Result<usize, String> {
-    let size: ByteSize = text
-        .parse()
-        .map_err(|_| "write it as 4096, 64KiB or 256MiB".to_owned())?;
-    let bytes = usize::try_from(size.as_u64()).map_err(|_| "is too large".to_owned())?;
-    if bytes == 0 {
-        return Err("must not be 0".into());
-    }
-    Ok(bytes)
-}
-
-fn key_size(text: &str) -> Result<usize, String> {
-    let bytes = size(text)?;
-    if bytes > 4_096 {
-        return Err("must be at most 4096".into());
-    }
-    Ok(bytes)
-}
-
-fn count(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(0) => Err("must not be 0".into()),
-        // The most that a semaphore takes.
-        Ok(count) if count <= u32::MAX as usize => Ok(count),
-        _ => Err("must be a whole number".into()),
-    }
-}
-
-fn ratio(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(ratio) if (0.0..=1.0).contains(&ratio) => Ok(ratio),
-        _ => Err("must be from 0 to 1".into()),
-    }
-}
-
-fn key_prefix(text: &str) -> Result<String, String> {
-    if text.is_empty() || text.chars().any(char::is_control) {
-        return Err("must not be empty or hold control characters".into());
-    }
-    Ok(text.to_owned())
 }
 
 #[cfg(test)]
