@@ -187,7 +187,7 @@ fn the_code_it_shows_is_in_the_files_it_names() {
             shown += 1;
         }
     }
-    assert_eq!(shown, 2);
+    assert_eq!(shown, 3, "Rust, Python and Go");
 }
 
 #[test]
