@@ -10,7 +10,7 @@ use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use thiserror::Error;
 
-use crate::version::{InstanceId, Version};
+use crate::version::Version;
 
 mod merge;
 mod state;
@@ -172,11 +172,11 @@ impl GroupKey {
         }
     }
 
-    /// A key under which an instance probes whether Redis takes writes. It is
-    /// no group's: it begins with a control character. `ending` tells those of
-    /// several servers apart.
-    pub fn probe(instance: &InstanceId, ending: &str) -> Self {
-        Self(format!("\u{1}probe:{}{ending}", instance.as_str()).into())
+    /// A key under which an instance probes whether Redis takes writes and keeps
+    /// them. It is no group's: it begins with a control character. `name` is one
+    /// that no other instance has; `ending` tells those of several servers apart.
+    pub fn probe(name: &str, ending: &str) -> Self {
+        Self(format!("\u{1}probe:{name}{ending}").into())
     }
 
     pub fn as_str(&self) -> &str {

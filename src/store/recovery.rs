@@ -51,15 +51,23 @@ struct Watch {
     switch: Arc<Switch>,
     bring_back: Arc<BringBack>,
     trip_after: Duration,
-    instance: InstanceId,
+    /// Of the probe keys; they name them, too.
     write_ids: WriteIds,
     /// None until Redis has answered for the first time.
     server: tokio::sync::Mutex<Option<KnownServer>>,
     pong: Mutex<Option<Pong>>,
 }
 
-/// Versions of probe keys, one key on each server, as we wrote them last.
-type Probes = HashMap<GroupKey, Version>;
+/// What tells whether a server still holds what it held: one key on each, as we
+/// wrote them last.
+#[derive(Clone, Debug)]
+struct Probes {
+    /// Another one whenever they are written anew. A write that was meant for one
+    /// process may reach the next; written under the same name, it would make an
+    /// empty Redis look like one that has kept its data.
+    name: String,
+    versions: HashMap<GroupKey, Version>,
+}
 
 /// The Redis process that we know; of a cluster, those of all primaries.
 #[derive(Clone, Debug)]
@@ -67,9 +75,6 @@ struct KnownServer {
     run_id: String,
     probes: Probes,
     maxmemory_policy: String,
-    /// What was found of another process, until an epoch has begun with it: as
-    /// soon as the probe keys are written there, it can be found no more.
-    found: Option<(String, Server)>,
 }
 
 /// The last answer to a PING.
@@ -104,7 +109,6 @@ impl Recovery {
                 switch.clone(),
                 instance,
             )),
-            instance: instance.clone(),
             write_ids: WriteIds::of_its_own(instance),
             server: tokio::sync::Mutex::new(None),
             pong: Mutex::new(None),
@@ -270,46 +274,39 @@ impl Watch {
     /// Looks at the server, then writes the probe keys as groups are written.
     async fn probe_write(&self) -> Result<Server, NotDone> {
         let mut known = self.server.lock().await;
-        let look = self.look(known.as_mut()).await?;
-        let probes = self.write_probes(&Probes::new()).await?;
-        if self.redis.server(Deadline::NONE).await?.run_id != look.run_id {
-            // The probes lie in another server than the one we looked at.
-            return Err(StoreError::Unavailable("Redis was replaced again".into()).into());
-        }
+        let look = self.look(known.as_ref()).await?;
+        let refreshed = match known.as_ref() {
+            Some(known) if look.server == Server::Same => self.refresh(&known.probes).await?,
+            _ => None,
+        };
+        let probes = match refreshed {
+            Some(probes) => probes,
+            None => self.new_probes(&look.run_id).await?,
+        };
         self.check_policy(known.as_ref(), &look);
         *known = Some(KnownServer {
             run_id: look.run_id,
             maxmemory_policy: look.maxmemory_policy,
-            // Unconditional writes meet no conflict.
-            probes: probes.unwrap_or_default(),
-            found: None,
+            probes,
         });
         Ok(look.server)
     }
 
     /// Finds out which server answers.
-    async fn look(&self, known: Option<&mut KnownServer>) -> Result<Look, NotDone> {
+    async fn look(&self, known: Option<&KnownServer>) -> Result<Look, NotDone> {
         let info = self.redis.server(Deadline::NONE).await?;
-        let run_id = info.run_id;
         let server = match known {
-            None => Server::Same,
-            Some(known) if known.run_id == run_id => Server::Same,
-            Some(KnownServer {
-                found: Some((of, server)),
-                ..
-            }) if *of == run_id => *server,
-            Some(known) => {
-                let server = if self.holds_all(&known.probes).await? {
+            Some(known) if known.run_id != info.run_id => {
+                if self.holds_all(&known.probes).await? {
                     Server::Restarted
                 } else {
                     Server::LostData
-                };
-                known.found = Some((run_id.clone(), server));
-                server
+                }
             }
+            _ => Server::Same,
         };
         Ok(Look {
-            run_id,
+            run_id: info.run_id,
             maxmemory_policy: info.maxmemory_policy,
             server,
         })
@@ -317,8 +314,8 @@ impl Watch {
 
     /// Whether Redis holds these probes, or newer ones.
     async fn holds_all(&self, probes: &Probes) -> Result<bool, NotDone> {
-        let holds = probes.iter().map(async |(key, probe)| {
-            let found = self.redis.read_document(key, true, Deadline::NONE).await?;
+        let holds = probes.versions.iter().map(async |(key, probe)| {
+            let found = self.redis.read_document(key, false, Deadline::NONE).await?;
             let version = found.and_then(|found| found.document.version());
             Ok::<_, NotDone>(version >= Some(*probe))
         });
@@ -326,18 +323,49 @@ impl Watch {
         Ok(holds.into_iter().all(|holds| holds))
     }
 
-    /// Writes a probe key on every server, each in place of `previous` if that
-    /// has it. None if one of those is not there any more.
-    async fn write_probes(&self, previous: &Probes) -> Result<Option<Probes>, NotDone> {
-        let keys = self.redis.probe_keys(&self.instance);
-        let writes = keys.into_iter().map(async |key| {
-            let previous = previous.get(&key).copied();
-            let condition = previous.map_or(Condition::Any, Condition::Version);
-            let probe = self.write_probe(&key, condition).await?;
-            Ok::<_, NotDone>(probe.map(|probe| (key, probe)))
+    /// Writes each probe key in place of the one that was written last. None if one
+    /// of those is not there any more, or a server has none.
+    async fn refresh(&self, probes: &Probes) -> Result<Option<Probes>, NotDone> {
+        let name = &probes.name;
+        let conditions = self.redis.probe_keys(name).into_iter().map(|key| {
+            let version = *probes.versions.get(&key)?;
+            Some((key, Condition::Version(version)))
         });
-        let written = try_join_all(writes).await?;
-        Ok(written.into_iter().collect())
+        let Some(conditions) = conditions.collect::<Option<Vec<_>>>() else {
+            return Ok(None);
+        };
+        self.write_probes(name, conditions).await
+    }
+
+    /// Writes a new probe key on every server of which `run_id` was just read.
+    async fn new_probes(&self, run_id: &str) -> Result<Probes, NotDone> {
+        let name = self.write_ids.next();
+        let keys = self.redis.probe_keys(&name).into_iter();
+        let conditions = keys.map(|key| (key, Condition::Any));
+        let written = self.write_probes(&name, conditions).await?;
+        let replaced = self.redis.server(Deadline::NONE).await?.run_id != run_id;
+        // An unconditional write meets no conflict.
+        written.filter(|_| !replaced).ok_or_else(|| {
+            // They may lie in another server than the one that was looked at.
+            StoreError::Unavailable("Redis was replaced again".into()).into()
+        })
+    }
+
+    /// Writes probe keys; None if one of the conditions does not hold.
+    async fn write_probes(
+        &self,
+        name: &str,
+        conditions: impl IntoIterator<Item = (GroupKey, Condition)>,
+    ) -> Result<Option<Probes>, NotDone> {
+        let writes = conditions.into_iter().map(async |(key, condition)| {
+            let version = self.write_probe(&key, condition).await?;
+            Ok::<_, NotDone>(version.map(|version| (key, version)))
+        });
+        let versions: Option<_> = try_join_all(writes).await?.into_iter().collect();
+        Ok(versions.map(|versions| Probes {
+            name: name.to_owned(),
+            versions,
+        }))
     }
 
     /// Writes a probe key; None if the condition does not hold.
@@ -416,24 +444,21 @@ impl Watch {
         }
     }
 
-    /// Writes each probe key in place of the one that was written last: if that
-    /// is not there, the server is another one, or has lost it.
+    /// Keeps the probe keys fresh. If one is not there, the server is another one,
+    /// or has lost it.
     async fn refresh_probes(&self, period: u64) -> Result<(), NotDone> {
         let mut known = self.server.lock().await;
         let Some(server) = known.as_mut() else {
             return Ok(());
         };
-        let mut probes = self.write_probes(&server.probes).await?;
-        if probes.is_none() {
-            self.look_at(server, period).await?;
-            // If the switch has opened, `probe_write` goes on with what was
-            // found.
-            if self.switch.redis_period() == Some(period) {
-                probes = self.write_probes(&Probes::new()).await?;
-            }
-        }
-        if let Some(probes) = probes {
+        if let Some(probes) = self.refresh(&server.probes).await? {
             server.probes = probes;
+            return Ok(());
+        }
+        self.look_at(server, period).await?;
+        // Otherwise `probe_write` goes on.
+        if self.switch.redis_period() == Some(period) {
+            server.probes = self.new_probes(&server.run_id).await?;
         }
         Ok(())
     }
@@ -456,7 +481,6 @@ impl Watch {
         }
         tracing::info!(server = ?look.server, "Redis is another process now");
         known.run_id = look.run_id;
-        known.found = None;
         self.memory.meet(match self.switch.on_recovery() {
             OnRecovery::Reconcile => look.server,
             // What it has lost is lost.

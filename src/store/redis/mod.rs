@@ -62,7 +62,7 @@ use crate::{
     document::Document,
     group::GroupKey,
     telemetry::{self, RedisCommand},
-    version::{InstanceId, Version},
+    version::Version,
 };
 
 /// Keeps documents in Redis. Cheap to clone.
@@ -287,15 +287,13 @@ impl RedisStore {
         self.keys.server(deadline).await
     }
 
-    /// Keys of an instance to probe with, one on each server.
-    pub fn probe_keys(&self, instance: &InstanceId) -> Vec<GroupKey> {
-        let endings = self
-            .connections
-            .topology()
-            .endings(&self.keys.redis_key(&GroupKey::probe(instance, "")));
+    /// Keys of this name to probe with, one on each server.
+    pub fn probe_keys(&self, name: &str) -> Vec<GroupKey> {
+        let key = self.keys.redis_key(&GroupKey::probe(name, ""));
+        let endings = self.connections.topology().endings(&key);
         endings
             .iter()
-            .map(|ending| GroupKey::probe(instance, ending))
+            .map(|ending| GroupKey::probe(name, ending))
             .collect()
     }
 
