@@ -24,7 +24,7 @@ local found, err = look_up(key)
 if not found then return refuse(err, lost_since) end
 
 local function expiry(ttl)
-  return string.format('%.0f', math.floor(now / 1000) + ttl)
+  return digits(now / 1000 + ttl)
 end
 
 local function stored_expiry()
@@ -37,7 +37,7 @@ local function conflict()
   return reply('conflict', redis.call('GET', key), stored_expiry())
 end
 
-if found.write_id == write_id then return reply('written', found.version, stored_expiry()) end
+if was_written_by(write_id, found) then return reply('written', found.version, stored_expiry()) end
 
 local unreadable = found.exists and not found.version
 local matches = found.exists and found.version == condition and not found.inexact
@@ -61,14 +61,13 @@ end
 
 -- The next version: a multiple of 16, not less than now, greater than the
 -- stored one and the one it was given.
-local version = now + (16 - now % 16) % 16
-for _, lower in ipairs({found.version or '0', ARGV[8] == '' and '0' or ARGV[8]}) do
-  if beyond(lower, MAX_RAISABLE) then return reply('out_of_range', lower) end
-  lower = tonumber(lower)
-  if version <= lower then version = lower + 16 - lower % 16 end
-  if version > tonumber(MAX_RAISABLE) then return reply('out_of_range', string.format('%.0f', lower)) end
-end
-version = string.format('%.0f', version)
+local lower = found.version or '0'
+if beyond(ARGV[8], lower) then lower = ARGV[8] end
+if beyond(lower, MAX_RAISABLE) then return reply('out_of_range', lower) end
+local version = math.max(now - 1, tonumber(lower)) + 1
+version = version + -version % 16
+if version > tonumber(MAX_RAISABLE) then return reply('out_of_range', lower) end
+version = digits(version)
 
 local size, digest
 if unreadable then
