@@ -9,6 +9,11 @@ use groupstate::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 
+/// A call makes and drops hundreds of small pieces, on whichever thread it is just
+/// then: the allocator of the C library takes a fifth of a call's time for that.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[tokio::main]
 async fn main() -> ExitCode {
     let settings = match Settings::read(std::env::args_os()) {
