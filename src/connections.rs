@@ -13,7 +13,7 @@
 use std::{
     collections::VecDeque,
     convert::Infallible,
-    io::{self, IoSlice},
+    io,
     net::SocketAddr,
     pin::{Pin, pin},
     sync::Arc,
@@ -415,18 +415,6 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Begun<IO> {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.io).poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

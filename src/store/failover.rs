@@ -132,11 +132,10 @@ impl Failover {
     /// changes to them, or memory's (None).
     async fn turn<'a>(
         &self,
-        keys: impl Iterator<Item = &'a GroupKey>,
+        keys: impl Iterator<Item = &'a GroupKey> + Clone + Send,
         time: &mut CallTime,
     ) -> Result<Option<RedisTurn>, Failure> {
         time.take_turn()?;
-        let keys: Vec<_> = keys.collect();
         let Some(period) = self.switch.redis_period() else {
             return Ok(None);
         };
@@ -144,23 +143,12 @@ impl Failover {
             // Drawn first: another Redis process that is met after this is another
             // epoch, and then the answer is looked at again.
             let ticket = self.memory.ticket();
-            let pending: Vec<_> = keys
-                .iter()
-                .filter(|key| self.memory.is_pending(key))
-                .map(|key| self.recovery.bring_back().carry(key))
-                .collect();
+            let pending = keys.clone().filter(|key| self.memory.is_pending(key));
+            let pending: Vec<_> = pending.collect();
             if pending.is_empty() {
                 return Ok(Some(RedisTurn { period, ticket }));
             }
-            let carried = async {
-                let results = tokio::time::timeout_at(time.end, join_all(pending)).await;
-                let results = results.map_err(|_| NotDone {
-                    error: StoreError::DeadlineExceeded,
-                    cause: Cause::ShortOfTime,
-                })?;
-                results.into_iter().collect::<Result<(), _>>()
-            };
-            match self.ask(period, time, carried).await {
+            match Box::pin(self.carry(pending, period, time)).await {
                 Ok(()) => time.was_held_up = true,
                 Err(Diverted::Answered(failure) | Diverted::ShortOfTime(failure)) => {
                     return Err(failure);
@@ -168,6 +156,27 @@ impl Failover {
                 Err(Diverted::ToMemory) => return Ok(None),
             }
         }
+    }
+
+    /// Lets Redis know of the changes to these keys.
+    async fn carry(
+        &self,
+        keys: Vec<&GroupKey>,
+        period: u64,
+        time: &CallTime,
+    ) -> Result<(), Diverted> {
+        let carried = keys
+            .into_iter()
+            .map(|key| self.recovery.bring_back().carry(key));
+        let carried = async {
+            let results = tokio::time::timeout_at(time.end, join_all(carried)).await;
+            let results = results.map_err(|_| NotDone {
+                error: StoreError::DeadlineExceeded,
+                cause: Cause::ShortOfTime,
+            })?;
+            results.into_iter().collect::<Result<(), _>>()
+        };
+        self.ask(period, time, carried).await
     }
 
     /// Awaits an answer of Redis for as long as it is Redis's turn.
@@ -212,7 +221,8 @@ impl Failover {
             let turn = self.turn(std::iter::once(key), &mut time).await;
             if let Some(turn) = turn.map_err(|failure| unless_lost(failure, trail))? {
                 if write.condition == Condition::Absent
-                    && self.would_overwrite_lost(key, turn, &mut time).await
+                    && self.may_be_lost(key, None, turn)
+                    && Box::pin(self.would_overwrite_lost(key, turn, &mut time)).await
                 {
                     continue;
                 }
@@ -260,9 +270,6 @@ impl Failover {
         turn: RedisTurn,
         time: &mut CallTime,
     ) -> bool {
-        if !self.may_be_lost(key, None, turn) {
-            return false;
-        }
         time.was_held_up = true;
         let read = self.redis.read_document(key, false, time.deadline());
         // What fails here fails again when it is written.
@@ -290,11 +297,13 @@ impl Failover {
         turn: RedisTurn,
         time: &CallTime,
     ) -> bool {
-        if !self.may_be_lost(key, shown, turn) {
-            return false;
-        }
+        self.may_be_lost(key, shown, turn) && Box::pin(self.server_has_changed(turn, time)).await
+    }
+
+    /// Whether Redis is another process than the one whose turn it was, or cannot say:
+    /// then its answer is not believed.
+    async fn server_has_changed(&self, turn: RedisTurn, time: &CallTime) -> bool {
         let look = self.recovery.server_has_changed(turn.ticket);
-        // Where Redis cannot say, its answer is not believed.
         tokio::select! {
             looked = tokio::time::timeout_at(time.end, look) => looked.unwrap_or(true),
             () = self.switch.leaves(turn.period) => true,

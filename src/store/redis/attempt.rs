@@ -9,7 +9,7 @@ use std::{
 };
 
 use fred::{
-    prelude::{Client, ClientLike, Error, Options, Value},
+    prelude::{Client, ClientLike, Error, KeysInterface, Options, Value},
     types::{ClusterHash, CustomCommand, config::Server},
 };
 use tokio::time::Instant;
@@ -84,10 +84,18 @@ pub struct Command {
     node: Node,
     /// See [`Place::is_arriving`].
     is_arriving: bool,
-    name: &'static str,
+    words: Words,
     /// The script that it calls, if it does.
     script: Option<&'static str>,
-    arguments: Vec<Value>,
+}
+
+/// What a command says. What fred knows by name leaves together with what is sent
+/// right behind it; each of the others goes out by itself.
+#[derive(Clone, Debug)]
+enum Words {
+    Get(String),
+    StrLen(String),
+    Other(&'static str, Vec<Value>),
 }
 
 /// What the attempts at a write may have left behind, known even after its
@@ -259,15 +267,15 @@ impl Attempt {
     /// Runs one command that changes no document.
     pub async fn run(&self, command: Command) -> Result<Value, Fault> {
         if command.is_arriving {
-            let replies = self.pipeline(vec![command.asking(), command]).await?;
+            let both = vec![command.asking(), command];
+            let replies = Box::pin(self.pipeline(both)).await?;
             let missing = || Err(Fault::Lost("replies are missing".into()));
             return replies.into_iter().nth(1).unwrap_or_else(missing);
         }
         let span = self.span(slice::from_ref(&command));
         let client = self.client.with_options(&command.options());
-        let reply = self
-            .within(client.custom(command.name(), command.arguments))
-            .await;
+        // What fred makes of it is large, and would be moved with all that waits for it.
+        let reply = self.within(Box::pin(command.words.send(&client))).await;
         span.ends(reply.as_ref().err().map(Fault::kind));
         reply
     }
@@ -294,8 +302,7 @@ impl Attempt {
         for command in commands {
             let pipeline = pipeline.with_options(&command.options());
             // Answered at once; sent below.
-            let answer: Result<Value, Error> =
-                pipeline.custom(command.name(), command.arguments).await;
+            let answer = command.words.send(&pipeline).await;
             answer.map_err(|error| Fault::NotRun(error.details().to_owned()))?;
         }
         let replies = self
@@ -325,7 +332,7 @@ impl Attempt {
     /// The span of commands that are sent now: a single one, or a pipeline.
     fn span(&self, commands: &[Command]) -> RedisSpan {
         RedisSpan::begin(|| RedisRequest {
-            command: the_same(commands, |command| command.name),
+            command: the_same(commands, |command| command.words.name()),
             script: the_same(commands, |command| command.script).flatten(),
             pipelined: (commands.len() > 1).then_some(commands.len()),
             server: the_same(commands, |command| &command.node)
@@ -406,20 +413,32 @@ impl Command {
         Self {
             node: node.clone(),
             is_arriving: false,
-            name,
+            words: Words::Other(name, arguments),
             script: None,
-            arguments,
         }
     }
 
     /// A command on a key, which `arguments` contains.
     pub fn on(place: &Place, name: &'static str, arguments: Vec<Value>) -> Self {
+        Self::say(place, Words::Other(name, arguments))
+    }
+
+    /// The value at a key.
+    pub fn get(place: &Place) -> Self {
+        Self::say(place, Words::Get(place.key.clone()))
+    }
+
+    /// The length of the value at a key.
+    pub fn str_len(place: &Place) -> Self {
+        Self::say(place, Words::StrLen(place.key.clone()))
+    }
+
+    fn say(place: &Place, words: Words) -> Self {
         Self {
             node: place.node.clone(),
             is_arriving: place.is_arriving,
-            name,
+            words,
             script: None,
-            arguments,
         }
     }
 
@@ -436,15 +455,34 @@ impl Command {
         Self::at(&self.node, "ASKING", Vec::new())
     }
 
-    fn name(&self) -> CustomCommand {
-        // In a cluster, the options say where it goes.
-        CustomCommand::new_static(self.name, ClusterHash::Random, false)
-    }
-
     fn options(&self) -> Options {
         Options {
             cluster_node: self.node.address().cloned(),
             ..Options::default()
+        }
+    }
+}
+
+// === impl Words ===
+
+impl Words {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Get(_) => "GET",
+            Self::StrLen(_) => "STRLEN",
+            Self::Other(name, _) => name,
+        }
+    }
+
+    async fn send(self, client: &impl KeysInterface) -> Result<Value, Error> {
+        match self {
+            Self::Get(key) => client.get(key).await,
+            Self::StrLen(key) => client.strlen(key).await,
+            Self::Other(name, arguments) => {
+                // In a cluster, the options say where it goes.
+                let command = CustomCommand::new_static(name, ClusterHash::Random, false);
+                client.custom(command, arguments).await
+            }
         }
     }
 }

@@ -441,8 +441,7 @@ impl RedisStore {
             attempt.link.observe(&place.node, sent, reply.now);
             return write::read_read_reply(key, &reply);
         }
-        let arguments = vec![place.key.as_str().into()];
-        let value = attempt.run(Command::on(&place, "GET", arguments)).await?;
+        let value = attempt.run(Command::get(&place)).await?;
         Ok(script::bytes(&value).map(|json| StoredDocument {
             document: Document {
                 key: key.clone(),
@@ -500,9 +499,15 @@ impl RedisStore {
         let topology = attempt.link.topology();
         let place = topology.place(self.keys.redis_key(key));
         let place = place.ok_or_else(|| Fault::NotRun(Topology::NO_SERVER.into()))?;
-        if !attempt.redirected {
-            return Ok(place);
+        if attempt.redirected {
+            Box::pin(self.place_of_moving(place, attempt)).await
+        } else {
+            Ok(place)
         }
+    }
+
+    /// Where a group lives whose key was redirected.
+    async fn place_of_moving(&self, place: Place, attempt: &Attempt) -> Result<Place, Fault> {
         // fred has looked at the cluster again. If the key still belongs there,
         // it is on its way to another server.
         let command = Command::at(&place.node, "CLUSTER", vec!["NODES".into()]);
@@ -511,6 +516,7 @@ impl RedisStore {
             .await
             .map_err(Fault::before_the_write)?;
         let nodes = nodes.into_string().unwrap_or_default();
+        let topology = attempt.link.topology();
         Ok(match topology.destination(&place.key, &nodes) {
             Some(node) => Place {
                 node,
@@ -540,7 +546,7 @@ impl RedisStore {
     /// The bounds of an attempt in the time of a server.
     async fn bounds(&self, attempt: &Attempt, node: &Node) -> Result<TimeBounds, Fault> {
         if attempt.link.redis_time(node, attempt.until).is_none() {
-            self.ask_time(attempt, node).await?;
+            Box::pin(self.ask_time(attempt, node)).await?;
         }
         let redis_time = |moment| {
             let time = attempt.link.redis_time(node, moment);

@@ -317,29 +317,6 @@ impl KeySpace {
         Err(attempts.used_up())
     }
 
-    /// The reply to the same command on each of some keys; None where another
-    /// type lives.
-    async fn read_each(
-        &self,
-        name: &'static str,
-        keys: &[GroupKey],
-        deadline: Deadline,
-    ) -> Result<Vec<Option<Value>>, NotDone> {
-        let command = |place: &Place| Command::on(place, name, vec![place.key.as_str().into()]);
-        self.read(keys, command, deadline).await
-    }
-
-    /// The reply of `read.lua` for each of some keys; None where another type
-    /// lives.
-    async fn read_each_expiring(
-        &self,
-        keys: &[GroupKey],
-        deadline: Deadline,
-    ) -> Result<Vec<Option<Value>>, NotDone> {
-        let command = |place: &Place| script::READ.call(place, Vec::new());
-        self.read(keys, command, deadline).await
-    }
-
     /// The replies to one command on each of some keys, in one pipeline; None where
     /// another type lives.
     async fn read(
@@ -474,7 +451,10 @@ impl Reading {
                 Err(None) => {}
             }
         }
-        let sizes = self.keys.read_each("STRLEN", &keys, self.deadline).await?;
+        let sizes = self
+            .keys
+            .read(&keys, Command::str_len, self.deadline)
+            .await?;
         for (key, size) in keys.into_iter().zip(sizes) {
             match size.and_then(|size| size.as_usize()) {
                 Some(bytes) if bytes > self.keys.max_document_bytes => self.problem(
@@ -501,11 +481,11 @@ impl Reading {
             room = room.saturating_sub(*bytes);
             keys.extend(self.found.pop_front().map(|(key, _)| key));
         }
-        let values = if self.with_expiry {
-            self.keys.read_each_expiring(&keys, self.deadline).await?
-        } else {
-            self.keys.read_each("GET", &keys, self.deadline).await?
+        let command = match self.with_expiry {
+            true => |place: &Place| script::READ.call(place, Vec::new()),
+            false => Command::get,
         };
+        let values = self.keys.read(&keys, command, self.deadline).await?;
         let mut documents = Vec::with_capacity(keys.len());
         for (key, value) in keys.into_iter().zip(values) {
             match value {

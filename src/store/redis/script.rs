@@ -88,8 +88,8 @@ impl Script {
         let command = self.call(place, Vec::new());
         let reply = match attempt.run(command.clone()).await {
             Err(Fault::NoScript) => {
-                self.load(attempt, &place.node).await?;
-                attempt.run(command).await?
+                Box::pin(self.load(attempt, &place.node)).await?;
+                Box::pin(attempt.run(command)).await?
             }
             reply => reply?,
         };
@@ -107,8 +107,8 @@ impl Script {
         let command = self.call(place, arguments);
         let reply = match attempt.run_write(trail, command.clone()).await {
             Err(Fault::NoScript) => {
-                self.load(attempt, &place.node).await?;
-                attempt.run_write(trail, command).await?
+                Box::pin(self.load(attempt, &place.node)).await?;
+                Box::pin(attempt.run_write(trail, command)).await?
             }
             reply => reply?,
         };

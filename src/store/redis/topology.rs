@@ -96,6 +96,9 @@ impl Topology {
 
     /// The server that holds a key; None if no server has its slot.
     pub fn node_of(&self, key: &str) -> Option<&Node> {
+        if let [(0, LAST_SLOT, node)] = &self.ranges[..] {
+            return Some(node);
+        }
         let slot = redis_keyslot(key.as_bytes());
         let at = self.ranges.partition_point(|(_, last, _)| *last < slot);
         let (first, _, node) = self.ranges.get(at)?;
