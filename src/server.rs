@@ -16,6 +16,7 @@ use crate::{
         envelope::{Admission, Envelope},
         proto::group_state_service_server::{GroupStateServiceServer, SERVICE_NAME},
         service::Service,
+        services::Services,
         validation::Limits,
     },
     reload::{Opened, Watched},
@@ -231,13 +232,13 @@ impl Server {
             max_inflight_bytes: settings.max_inflight_bytes,
             max_request_bytes: settings.max_request_bytes,
         };
-        let routes = Routes::new(service)
-            .add_service(health_service)
+        let others = Routes::new(health_service)
             .add_service(reflection().build_v1().map_err(io::Error::other)?)
             .add_service(reflection().build_v1alpha().map_err(io::Error::other)?)
             .prepare();
 
-        let envelope = Envelope::new(routes, self.store, &self.instance, admission);
+        let services = Services::new(service, others);
+        let envelope = Envelope::new(services, self.store, &self.instance, admission);
         let in_flight = envelope.in_flight().clone();
 
         // Calls over the limit are refused and gone again, if their clients take it.

@@ -318,8 +318,12 @@ impl RequestId {
         Self(HeaderValue::from_str(&id).expect("hex digits are visible ASCII"))
     }
 
-    pub fn header(&self) -> &HeaderValue {
-        &self.0
+    /// The value of a reply's header. It will not come again, so HPACK is not to keep
+    /// it in place of headers that do: "sensitive" says just that.
+    pub fn header(&self) -> HeaderValue {
+        let mut header = self.0.clone();
+        header.set_sensitive(true);
+        header
     }
 
     pub fn as_str(&self) -> &str {

@@ -267,7 +267,7 @@ impl Shared {
 
     fn label(&self, mut response: Response<Body>, context: &CallContext) -> Response<Body> {
         let headers = response.headers_mut();
-        headers.insert(REQUEST_ID, context.request_id().header().clone());
+        headers.insert(REQUEST_ID, context.request_id().header());
         headers.insert(INSTANCE, self.instance.clone());
         response
     }

@@ -2,9 +2,10 @@
 //! groups are stored.
 //!
 //! A call passes the [`envelope`] (its [`call`] context, its credentials, load
-//! shedding, panics), which has it [`receive`]d, then the [`service`]: [`validation`] turns the request into the
-//! domain, the store answers, [`convert`] turns the answer into a reply, and
-//! [`status`] turns whatever went wrong into a status.
+//! shedding, panics), which has it [`receive`]d, then the [`service`], one of the
+//! [`services`] of the port: [`validation`] turns the request into the domain, the
+//! store answers, [`convert`] turns the answer into a reply, and [`status`] turns
+//! whatever went wrong into a status.
 
 pub mod call;
 pub(crate) mod convert;
@@ -12,6 +13,7 @@ pub mod envelope;
 mod load_all;
 mod receive;
 pub mod service;
+pub mod services;
 pub(crate) mod status;
 pub mod validation;
 mod weight;

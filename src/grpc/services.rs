@@ -1,0 +1,59 @@
+//! Which service a call is for. Ours is called directly: the way through tonic's
+//! router, which the others take, costs as much as an allocation or ten.
+
+use std::{
+    convert::Infallible,
+    task::{Context, Poll},
+};
+
+use futures::future::{BoxFuture, Either};
+use http::{Request, Response};
+use tonic::{body::Body, server::NamedService, service::Routes};
+use tower::Service;
+
+use super::{proto::group_state_service_server::GroupStateServiceServer, service};
+
+/// Everything that is served on the gRPC port.
+#[derive(Clone)]
+pub struct Services {
+    ours: GroupStateServiceServer<service::Service>,
+    others: Routes,
+}
+
+// === impl Services ===
+
+impl Services {
+    pub fn new(ours: GroupStateServiceServer<service::Service>, others: Routes) -> Self {
+        Self { ours, others }
+    }
+
+    fn is_for_ours(path: &str) -> bool {
+        let name = GroupStateServiceServer::<service::Service>::NAME;
+        let rest = path
+            .strip_prefix('/')
+            .and_then(|path| path.strip_prefix(name));
+        rest.is_some_and(|rest| rest.starts_with('/'))
+    }
+}
+
+impl Service<Request<Body>> for Services {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Either<
+        BoxFuture<'static, Result<Response<Body>, Infallible>>,
+        <Routes as Service<Request<Body>>>::Future,
+    >;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        // Ours is always ready.
+        Service::<Request<Body>>::poll_ready(&mut self.others, cx)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        if Self::is_for_ours(request.uri().path()) {
+            Either::Left(self.ours.call(request))
+        } else {
+            Either::Right(self.others.call(request))
+        }
+    }
+}
