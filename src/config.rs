@@ -67,7 +67,7 @@ pub struct Settings {
     pub redis_url: Option<String>,
 
     /// Connections to Redis.
-    #[arg(long, env = "GROUPSTATE_REDIS_POOL_SIZE", value_name = "COUNT", default_value_t = 4,
+    #[arg(long, env = "GROUPSTATE_REDIS_POOL_SIZE", value_name = "COUNT", default_value_t = 2,
           value_parser = clap::value_parser!(u16).range(1..=256))]
     pub redis_pool_size: u16,
 

@@ -25,7 +25,7 @@ pub const GET: &str = "/thin/Get";
 pub const SET: &str = "/thin/Set";
 
 /// As many connections as the service has by default.
-const POOL_SIZE: usize = 4;
+const POOL_SIZE: usize = 2;
 
 /// The first argument of a benchmark that is to be the pass-through.
 const ARGUMENT: &str = "pass-through";
