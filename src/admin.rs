@@ -9,23 +9,32 @@
 //! | `/loglevel` | the level of the log; PUT, from this machine or with a token, sets it |
 
 use std::{
+    collections::VecDeque,
     net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicU8, Ordering},
     },
+    time::Duration,
 };
 
 use axum::{
     Json, Router,
+    body::Body,
     extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts, State},
     http::{StatusCode, header::CONTENT_TYPE, request::Parts},
     response::{IntoResponse, Response},
     routing::get,
 };
+use hyper::{Request, body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
-use tokio::net::TcpListener;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::{AbortHandle, JoinSet},
+};
+use tower::ServiceExt;
 
 use crate::{
     auth::Tokens,
@@ -44,6 +53,16 @@ const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// More than any request here has to say.
 const MAX_BODY_BYTES: usize = 1_024;
+
+/// Connections at once. More push out the oldest: probes and scrapes are short, so that
+/// who opens connections and lets them lie keeps nobody out.
+const MAX_CONNECTIONS: usize = 128;
+
+/// The time in which a request has to come, and the next one on the same connection.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The pause when there is no file descriptor for another connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the HTTP port shows.
 pub struct Admin {
@@ -158,9 +177,21 @@ impl Admin {
     /// Serves until it is dropped.
     pub async fn serve(self: Arc<Self>, listener: TcpListener) {
         let app = self.router();
-        let app = app.into_make_service_with_connect_info::<SocketAddr>();
-        if let Err(error) = axum::serve(listener, app).await {
-            tracing::error!(%error, "the HTTP server failed");
+        let mut connections = JoinSet::new();
+        let mut open: VecDeque<AbortHandle> = VecDeque::new();
+        loop {
+            let Ok((tcp, peer)) = listener.accept().await else {
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            };
+            while connections.try_join_next().is_some() {}
+            open.retain(|connection| !connection.is_finished());
+            if open.len() >= MAX_CONNECTIONS
+                && let Some(oldest) = open.pop_front()
+            {
+                oldest.abort();
+            }
+            open.push_back(connections.spawn(serve_connection(tcp, peer, app.clone())));
         }
     }
 
@@ -247,6 +278,21 @@ impl Admin {
             (usage.dirty, usage.dirty_bytes) = (0, 0);
         }
         usage
+    }
+}
+
+async fn serve_connection(tcp: TcpStream, peer: SocketAddr, app: Router) {
+    let service = service_fn(move |request: Request<Incoming>| {
+        let mut request = request.map(Body::new);
+        request.extensions_mut().insert(ConnectInfo(peer));
+        app.clone().oneshot(request)
+    });
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(REQUEST_TIMEOUT)
+        .serve_connection(TokioIo::new(tcp), service);
+    if let Err(error) = served.await {
+        tracing::debug!(%peer, %error, "a connection to the HTTP port failed");
     }
 }
 

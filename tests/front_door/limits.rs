@@ -3,11 +3,15 @@
 use std::time::{Duration, Instant};
 
 use groupstate::grpc::proto as pb;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
 
 use crate::{
-    common::{redis_server::RedisServer, service::Service, wait_until},
+    common::{http, redis_server::RedisServer, service::Service, wait_until},
     wire,
     wire::{DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, RST_STREAM, Wire, frame},
 };
@@ -350,4 +354,31 @@ async fn a_thousand_calls_on_one_connection_are_cancelled_after_a_millisecond() 
     // And the connection is the same.
     patient.size(pb::SizeRequest::default()).await.unwrap();
     assert_eq!(service.metric("connections").await, 1.0);
+}
+
+/// Probes come through, whoever holds on to connections.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_http_port_gives_up_the_oldest_of_too_many_connections() {
+    const TOO_MANY: usize = 300;
+    let service = Service::start(&[]);
+    let addr = service.http_addr();
+    let mut silent = Vec::new();
+    for _ in 0..TOO_MANY {
+        let mut connection = TcpStream::connect(addr).await.unwrap();
+        connection
+            .write_all(b"GET /metrics HTTP/1.1\r\n")
+            .await
+            .unwrap();
+        silent.push(connection);
+    }
+    for path in ["/livez", "/readyz", "/metrics"] {
+        let reply = http::get(addr, path, Duration::from_secs(2)).await.unwrap();
+        assert_eq!(reply.status, 200, "{path}");
+    }
+    let mut oldest = silent.swap_remove(0);
+    let mut answer = Vec::new();
+    let end = oldest.read_to_end(&mut answer);
+    // Closed, or reset because it was not read to its end.
+    let end = tokio::time::timeout(Duration::from_secs(2), end).await;
+    assert!(end.is_ok() && answer.is_empty(), "{answer:?}");
 }
