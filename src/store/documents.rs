@@ -147,14 +147,11 @@ impl<S: DocumentStore> Documents<S> {
         condition: Condition,
         expiry: Expiry,
     ) -> Result<Write, Failure> {
-        let head = DocumentHead::new(group);
-        let bytes = head.stored_bytes();
-        if bytes > self.max_document_bytes {
-            return Err(self.store.backend().fails(StoreError::DocumentTooLarge {
-                bytes,
-                limit: self.max_document_bytes,
-            }));
-        }
+        let limit = self.max_document_bytes;
+        let head = DocumentHead::within(limit, group).map_err(|bytes| {
+            let backend = self.store.backend();
+            backend.fails(StoreError::DocumentTooLarge { bytes, limit })
+        })?;
         Ok(Write {
             head,
             condition,
