@@ -2,7 +2,7 @@
 # `run` needs Rust, gcc and make; the rest needs what `tools` installs.
 
 .DEFAULT_GOAL := help
-.PHONY: run test chaos replicas matrix failover-times bench abuse fuzz random-client deny coverage lint dist tools proto-image prometheus-rule clean-tools next-step help
+.PHONY: run test chaos replicas matrix failover-times bench bench-check abuse fuzz random-client deny coverage lint dist tools proto-image prometheus-rule clean-tools next-step help
 .NOTPARALLEL:
 
 PROTO_IMAGE := proto/groupstate.v1.binpb
@@ -39,6 +39,10 @@ failover-times: tools ## Measure how soon a replica that has taken over is used,
 bench: tools ## Measure what calls cost beside a thin pass-through, and write it to benches/results/
 	tests/tools/install-bench.sh
 	cargo bench --locked --bench wire
+
+bench-check: tools ## Count the instructions of the pieces of a call, and compare them with benches/instructions.txt; RENEW=1 renews it
+	tests/tools/install-bench.sh
+	RENEW='$(RENEW)' cargo bench --locked --bench instructions
 
 abuse: ## Misbehave as clients in every way at full size, and print what it costs; ABUSE=Idle does one
 	cargo test --release --locked --test front_door at_full_size -- --ignored --nocapture

@@ -8,7 +8,7 @@
 //! whatever went wrong into a status.
 
 pub mod call;
-pub(crate) mod convert;
+pub mod convert;
 pub mod envelope;
 mod load_all;
 mod receive;
