@@ -9,7 +9,6 @@
 //! | `/loglevel` | the level of the log; PUT, from this machine or with a token, sets it |
 
 use std::{
-    collections::VecDeque,
     net::SocketAddr,
     sync::{
         Arc,
@@ -30,13 +29,11 @@ use hyper::{Request, body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
-use tokio::{
-    net::{TcpListener, TcpStream},
-    task::{AbortHandle, JoinSet},
-};
+use tokio::net::{TcpListener, TcpStream};
 use tower::ServiceExt;
 
 use crate::{
+    accept::{Newest, pause_after},
     auth::Tokens,
     config::LogLevel,
     reload::Watched,
@@ -44,7 +41,7 @@ use crate::{
         failover::Failover,
         memory::{MemoryStore, Usage},
     },
-    telemetry::{self, LogControl},
+    telemetry::{self, LogControl, seldom},
     version::InstanceId,
 };
 
@@ -58,11 +55,9 @@ const MAX_BODY_BYTES: usize = 1_024;
 /// who opens connections and lets them lie keeps nobody out.
 const MAX_CONNECTIONS: usize = 128;
 
-/// The time in which a request has to come, and the next one on the same connection.
+/// The time in which the head of a request has to come, also of the next one on the same
+/// connection; and then its body.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// The pause when there is no file descriptor for another connection.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the HTTP port shows.
 pub struct Admin {
@@ -177,21 +172,24 @@ impl Admin {
     /// Serves until it is dropped.
     pub async fn serve(self: Arc<Self>, listener: TcpListener) {
         let app = self.router();
-        let mut connections = JoinSet::new();
-        let mut open: VecDeque<AbortHandle> = VecDeque::new();
+        let mut connections = Newest::new(MAX_CONNECTIONS);
         loop {
-            let Ok((tcp, peer)) = listener.accept().await else {
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
+            let (tcp, peer) = match listener.accept().await {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    pause_after(&error).await;
+                    continue;
+                }
             };
-            while connections.try_join_next().is_some() {}
-            open.retain(|connection| !connection.is_finished());
-            if open.len() >= MAX_CONNECTIONS
-                && let Some(oldest) = open.pop_front()
-            {
-                oldest.abort();
+            let connection = tokio::spawn(serve_connection(tcp, peer, app.clone()));
+            if connections.push(connection.abort_handle()) {
+                let most = MAX_CONNECTIONS;
+                seldom!(
+                    warn,
+                    most,
+                    "too many connections to the HTTP port: the oldest was closed"
+                );
             }
-            open.push_back(connections.spawn(serve_connection(tcp, peer, app.clone())));
         }
     }
 
@@ -285,7 +283,12 @@ async fn serve_connection(tcp: TcpStream, peer: SocketAddr, app: Router) {
     let service = service_fn(move |request: Request<Incoming>| {
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(ConnectInfo(peer));
-        app.clone().oneshot(request)
+        let answer = tokio::time::timeout(REQUEST_TIMEOUT, app.clone().oneshot(request));
+        async {
+            answer
+                .await
+                .unwrap_or_else(|_| Ok(StatusCode::REQUEST_TIMEOUT.into_response()))
+        }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())

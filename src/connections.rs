@@ -11,7 +11,6 @@
 //! handshakes or on connections; and it spins when there are no file descriptors left.
 
 use std::{
-    collections::VecDeque,
     convert::Infallible,
     io,
     net::SocketAddr,
@@ -34,12 +33,12 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
-    task::AbortHandle,
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    accept::{Newest, pause_after},
     telemetry::{self, ConnectionFailure, seldom},
     tls::{self, ServerTls},
     waits::Waits,
@@ -113,9 +112,6 @@ const AGE_JITTER: f64 = 0.1;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(60);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The pause when there is no file descriptor or no memory for another connection.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
 /// Files that are open for other things than connections of clients: connections
 /// to Redis and of the HTTP port.
 const OTHER_FILES: u64 = 512;
@@ -173,7 +169,7 @@ pub async fn serve<S, B>(
         closing: CancellationToken::new(),
     });
     let slots = Arc::new(Semaphore::new(limits.max_connections));
-    let mut beginning = VecDeque::new();
+    let mut beginning = Newest::new(MAX_BEGINNING);
     let mut stop = pin!(stop);
     loop {
         let accepted = tokio::select! {
@@ -196,13 +192,18 @@ pub async fn serve<S, B>(
         };
         let acceptor = tls.as_ref().map(ServerTls::acceptor);
         let begin = shared.clone().begin(tcp, peer, acceptor, slot);
-        make_way(&mut beginning, tokio::spawn(begin).abort_handle());
+        if beginning.push(tokio::spawn(begin).abort_handle()) {
+            telemetry::connection_failed(ConnectionFailure::Timeout);
+            let most = MAX_BEGINNING;
+            seldom!(
+                warn,
+                most,
+                "too many connections that do not begin: the oldest was closed"
+            );
+        }
     }
     // From here on nobody can connect.
-    drop(listener);
-    for begin in beginning {
-        begin.abort();
-    }
+    drop((listener, beginning));
     shared.closing.cancel();
     shared.open.close();
     shared.open.wait().await;
@@ -226,39 +227,6 @@ async fn renew(tls: &mut Option<ServerTls>) {
     match tls {
         Some(tls) => tls.renew().await,
         None => std::future::pending().await,
-    }
-}
-
-/// Adds a connection to those that are beginning; the oldest of too many is given
-/// up.
-fn make_way(beginning: &mut VecDeque<AbortHandle>, newest: AbortHandle) {
-    if beginning.len() >= MAX_BEGINNING {
-        beginning.retain(|begin| !begin.is_finished());
-    }
-    if beginning.len() >= MAX_BEGINNING
-        && let Some(oldest) = beginning.pop_front()
-    {
-        oldest.abort();
-        telemetry::connection_failed(ConnectionFailure::Timeout);
-        seldom!(
-            warn,
-            most = MAX_BEGINNING,
-            "too many connections that do not begin: the oldest was closed"
-        );
-    }
-    beginning.push_back(newest);
-}
-
-/// After an error that is not one of the connection alone, to accept again at once
-/// would be in vain.
-async fn pause_after(error: &io::Error) {
-    use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted};
-    if !matches!(
-        error.kind(),
-        ConnectionAborted | ConnectionReset | Interrupted
-    ) {
-        seldom!(warn, %error, "no connection can be accepted");
-        tokio::time::sleep(ACCEPT_PAUSE).await;
     }
 }
 
@@ -408,6 +376,8 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Begun<IO> {
     }
 }
 
+/// Without vectored writes, so that h2 gathers replies of less than 1 KiB: with them it
+/// writes one at a time whatever has 256 bytes.
 impl<IO: AsyncWrite + Unpin> AsyncWrite for Begun<IO> {
     fn poll_write(
         mut self: Pin<&mut Self>,

@@ -12,6 +12,7 @@
 //! | [`connections`] | the connections of clients |
 //! | [`tls`] | TLS of the gRPC port |
 //! | [`admin`] | the HTTP port: probes, health, metrics |
+//! | [`accept`] | what both ports do about too many connections |
 //! | [`auth`] | who may call |
 //! | [`waits`] | what waits for slow clients, and the bound on it |
 //! | [`grpc`] | the protobuf surface |
@@ -21,6 +22,7 @@
 //! | [`group`] | the domain |
 //! | [`version`] | versions, write ids, the clock of Redis |
 
+pub mod accept;
 pub mod admin;
 pub mod auth;
 pub mod config;
