@@ -280,7 +280,10 @@ impl Watch {
             _ => None,
         };
         let probes = match refreshed {
-            Some(probes) => probes,
+            Some(probes) => {
+                self.is_still(&look.run_id).await?;
+                probes
+            }
             None => self.new_probes(&look.run_id).await?,
         };
         self.check_policy(known.as_ref(), &look);
@@ -343,12 +346,19 @@ impl Watch {
         let keys = self.redis.probe_keys(&name).into_iter();
         let conditions = keys.map(|key| (key, Condition::Any));
         let written = self.write_probes(&name, conditions).await?;
-        let replaced = self.redis.server(Deadline::NONE).await?.run_id != run_id;
-        // An unconditional write meets no conflict.
-        written.filter(|_| !replaced).ok_or_else(|| {
-            // They may lie in another server than the one that was looked at.
-            StoreError::Unavailable("Redis was replaced again".into()).into()
-        })
+        self.is_still(run_id).await?;
+        let conflict = || StoreError::Bug("an unconditional write met a conflict".into()).into();
+        written.ok_or_else(conflict)
+    }
+
+    /// An error if Redis is another process by now: then what was written may lie in
+    /// either of them.
+    async fn is_still(&self, run_id: &str) -> Result<(), NotDone> {
+        if self.redis.server(Deadline::NONE).await?.run_id == run_id {
+            Ok(())
+        } else {
+            Err(StoreError::Unavailable("Redis was replaced again".into()).into())
+        }
     }
 
     /// Writes probe keys; None if one of the conditions does not hold.
