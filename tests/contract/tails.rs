@@ -207,6 +207,13 @@ fn check(json: &[u8], found: &Found) -> Result<(), TestCaseError> {
     if let Some(version) = document.version() {
         prop_assert!(says(version), "the tail says {version}");
     }
+    if let Ok(group) = &read
+        && group.metadata.write_id == WRITE_ID
+        && let Some(version) = group.metadata.version
+        && DocumentHead::new(group).finish(WRITE_ID, version).json == json
+    {
+        prop_assert!(found.is_written_by_call, "it is as we write it");
+    }
     if found.is_written_by_call {
         prop_assert!(document.was_written_by(WRITE_ID));
         if let Ok(group) = &read {

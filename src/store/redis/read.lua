@@ -10,4 +10,4 @@ local document = redis.pcall('GET', key)
 if type(document) == 'table' then return refuse(document.err, '') end
 if not document then return reply('absent') end
 local ttl = redis.call('PTTL', key)
-return reply('read', document, ttl < 0 and '-1' or digits(now / 1000 + ttl))
+return reply('read', document, ttl < 0 and '-1' or digits(math.floor(now / 1000) + ttl))

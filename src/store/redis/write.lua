@@ -24,7 +24,7 @@ local found, err = look_up(key)
 if not found then return refuse(err, lost_since) end
 
 local function expiry(ttl)
-  return digits(now / 1000 + ttl)
+  return digits(math.floor(now / 1000) + ttl)
 end
 
 local function stored_expiry()
