@@ -6,10 +6,9 @@ use std::time::Duration;
 
 use groupstate::{
     document::DocumentHead,
-    fuzzing::group_to_proto,
     group::AlertGroup,
     grpc::{
-        proto as pb,
+        convert, proto as pb,
         validation::{
             ExpiryField, Limits, MIN_TTL, Violations, expected_version, stored_group,
             version_to_delete,
@@ -100,7 +99,7 @@ fuzz_target!(|message: &[u8]| {
     if let Ok(group) = pb::AlertGroup::decode(message)
         && let Ok(group) = stored_group(group)
     {
-        assert_eq!(stored_group(group_to_proto(group.clone())), Ok(group));
+        assert_eq!(stored_group(convert::group(group.clone())), Ok(group));
     }
 });
 
@@ -129,7 +128,7 @@ fn assert_small(message: &str, details: &[u8]) {
 /// A valid group is the same after it was sent to a client, and after it was stored.
 fn assert_kept(group: AlertGroup, message: &[u8]) {
     assert_eq!(
-        stored_group(group_to_proto(group.clone())).as_ref(),
+        stored_group(convert::group(group.clone())).as_ref(),
         Ok(&group)
     );
     let head = DocumentHead::new(&group);

@@ -1,5 +1,5 @@
-//! Which service a call is for. Ours is called directly: the way through tonic's
-//! router, which the others take, costs as much as an allocation or ten.
+//! Which service a call is for. Ours is called directly: tonic's router, behind which
+//! the others are, looks the path up and boxes every call on several levels.
 
 use std::{
     convert::Infallible,
