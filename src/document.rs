@@ -1,7 +1,7 @@
 //! The JSON document of a group, as it lies in Redis and in memory.
 //!
 //! The form is that of the Go service that shares the key space, with a tail
-//! that a write script can read and splice without parsing JSON:
+//! that a write script can read and put a version into without parsing JSON:
 //!
 //! ```text
 //! {"key":…,"alerts":{…},"metadata":{…,"write_id":"…","version":N},"version":N}
@@ -11,7 +11,7 @@
 //! absent optional fields, any time zone, no write id); what is written here,
 //! Go reads.
 
-use std::{collections::BTreeMap, io};
+use std::{collections::BTreeMap, fmt, io};
 
 use bytes::Bytes;
 use serde::Deserialize;
@@ -80,6 +80,10 @@ impl DocumentHead {
 
     const BRACES: &[u8] = b"}}";
 
+    /// Stands for a version that is not known yet, in as many digits as a version has. It
+    /// is not a number of JSON: nobody reads such a document as one that has a version.
+    const UNKNOWN_VERSION: &str = "0000000000000000";
+
     /// Writes a group as JSON. Its version and write id are left out.
     pub fn new(group: &AlertGroup) -> Self {
         Self::within(usize::MAX, group).expect("no group has so many bytes")
@@ -121,21 +125,21 @@ impl DocumentHead {
         self.json.len() + Self::MAX_TAIL_BYTES
     }
 
-    /// The document up to the place of its first version: what the write
-    /// script is given.
-    pub fn up_to_version(&self, write_id: &str) -> Bytes {
-        self.with_tail(write_id, String::new())
+    /// The whole document but for its version, which the write script puts in.
+    pub fn unversioned(&self, write_id: &str) -> Bytes {
+        self.with_tail(write_id, Self::UNKNOWN_VERSION)
     }
 
     /// The whole document.
     pub fn finish(&self, write_id: &str, version: Version) -> Document {
         Document {
             key: self.key.clone(),
-            json: self.with_tail(write_id, format!("{version}}},\"version\":{version}}}")),
+            json: self.with_tail(write_id, version),
         }
     }
 
-    fn with_tail(&self, write_id: &str, end: String) -> Bytes {
+    fn with_tail(&self, write_id: &str, version: impl fmt::Display) -> Bytes {
+        let end = format!("{version}}},\"version\":{version}}}");
         // In one piece of exactly the size that it takes: it may be kept.
         [
             &self.json,

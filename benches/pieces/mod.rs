@@ -96,7 +96,7 @@ fn conversions(alerts: usize) -> [Piece; 4] {
             from_proto(message);
         }),
         piece(format!("document written, {alerts} alerts"), move || {
-            DocumentHead::new(&written).up_to_version("0123456789ab-1");
+            DocumentHead::new(&written).unversioned("0123456789ab-1");
         }),
         piece(format!("document read, {alerts} alerts"), move || {
             read.parse().expect("just written");

@@ -25,6 +25,17 @@ static LOOK_UP: LazyLock<redis::Script> = LazyLock::new(|| {
     ))
 });
 
+/// The script that writes, at a time of ours.
+fn write_at(seconds: &str) -> redis::Script {
+    let source = concat!(
+        include_str!("../../src/store/redis/document.lua"),
+        include_str!("../../src/store/redis/write.lua")
+    );
+    let clock = "redis.call('TIME')";
+    assert!(source.contains(clock));
+    redis::Script::new(&source.replace(clock, &format!("{{'{seconds}', '16'}}")))
+}
+
 /// Times as many cases as proptest tries by itself.
 const MORE_CASES: u32 = 8;
 const KEY: &str = "k";
@@ -245,6 +256,47 @@ async fn rust_and_the_scripts_read_the_same_of_any_document() {
         })
     });
     tried.await.unwrap().unwrap();
+}
+
+/// A version is put into a document where it is stored, if that can be done; what is
+/// stored is the same if not.
+#[tokio::test]
+async fn a_version_is_written_in_any_length_and_with_any_rights() {
+    let server = RedisServer::start().await;
+    let mut connection = server.connect().await;
+    let group = AlertGroup {
+        key: GroupKey::new(KEY).unwrap(),
+        alerts: Default::default(),
+        metadata: GroupMetadata::default(),
+    };
+    let head = DocumentHead::new(&group);
+    for (rights, seconds, version) in [
+        ("+setrange", "1795612700", 1_795_612_700_000_016),
+        ("-setrange", "1795612700", 1_795_612_700_000_016),
+        ("+setrange", "17956127", 17_956_127_000_016),
+        ("+setrange", "0", 16),
+    ] {
+        let () = redis::cmd("ACL")
+            .arg(&["SETUSER", "default", rights])
+            .query_async(&mut connection)
+            .await
+            .unwrap();
+        for keeps in ["", "1"] {
+            let () = connection.pset_ex(KEY, "replaced", 50_000).await.unwrap();
+            let _: redis::Value = write_at(seconds)
+                .key(KEY)
+                .arg(&head.unversioned(WRITE_ID)[..])
+                .arg(&["any", "60000", keeps, "9999999999999999", WRITE_ID, "", ""])
+                .invoke_async(&mut connection)
+                .await
+                .unwrap();
+            let stored: Vec<u8> = connection.get(KEY).await.unwrap();
+            let whole = head.finish(WRITE_ID, Version::new(version).unwrap());
+            assert_eq!(stored, whole.json, "{rights} {seconds} {keeps}");
+            let left: i64 = connection.pttl(KEY).await.unwrap();
+            assert_eq!(left <= 50_000, !keeps.is_empty(), "{left}");
+        }
+    }
 }
 
 /// What has been read differently, or was taken for that.

@@ -47,7 +47,7 @@ pub fn arguments(write: &Write, bounds: &TimeBounds) -> Vec<Value> {
         Expiry::Keep { otherwise } => (otherwise, "1"),
     };
     vec![
-        Value::Bytes(write.head.up_to_version(&write.write_id)),
+        Value::Bytes(write.head.unversioned(&write.write_id)),
         condition,
         ttl.as_millis().to_string().into(),
         keep.into(),
