@@ -2,7 +2,8 @@
 //! mirror after a start. `cargo bench --bench growth`; `GROUPS=100000` stops there.
 //!
 //! A cost that is right is flat per group. Keys of others in the same Redis cost
-//! listings a SCAN over them.
+//! listings a SCAN over them. Stores are one after another, beside `StoreAll` of
+//! 1,000 at once.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -33,20 +34,19 @@ async fn main() {
         .and_then(|most| most.parse().ok());
     let most = most.unwrap_or(usize::MAX);
     println!(
-        "| groups | foreign keys | StoreAll µs/group | Size ms | ListKeys ms | LoadAll ms | µs/group \
+        "| groups | foreign keys | StoreAll µs/group | Store µs | Size ms | ListKeys ms | LoadAll ms | µs/group \
          | serving after ms | all in the mirror after ms | mirror MiB | × documents | RSS MiB |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|");
     let redis = RedisServer::start().await;
     let mut filled = 0;
     for groups in SIZES.into_iter().filter(|groups| *groups <= most) {
         let stored = fill(&redis, filled..groups).await;
         filled = groups;
-        measure(&redis, groups, 0, stored).await;
+        measure(&redis, groups, 0, Some(stored)).await;
     }
-    let begin = Instant::now();
     add_foreign(&redis).await;
-    measure(&redis, filled, FOREIGN, begin.elapsed() / FOREIGN as u32).await;
+    measure(&redis, filled, FOREIGN, None).await;
 }
 
 /// Stores groups. How long each took.
@@ -81,7 +81,7 @@ async fn add_foreign(redis: &RedisServer) {
     }
 }
 
-async fn measure(redis: &RedisServer, groups: usize, foreign: usize, stored: Duration) {
+async fn measure(redis: &RedisServer, groups: usize, foreign: usize, stored: Option<Duration>) {
     let begin = Instant::now();
     let service = Service::start(&["--redis-url", &redis.url(), "--mirror-max-bytes", MIRROR]);
     let serving = begin.elapsed();
@@ -95,6 +95,14 @@ async fn measure(redis: &RedisServer, groups: usize, foreign: usize, stored: Dur
     let rss = service.resident_bytes() as f64;
 
     let client = RawClient::connect(service.addr(), 1).await;
+    let store = timed(async {
+        for number in 0..BATCH {
+            let reply = client.call(0, load::STORE, load::store_request(number, ALERTS));
+            let reply = pb::StoreResponse::decode(reply.await.unwrap()).unwrap();
+            assert_eq!(reply.backend(), pb::Backend::Redis);
+        }
+    });
+    let store = store.await;
     let size = timed(async {
         let reply = client.call(0, load::SIZE, encode(&pb::SizeRequest::default()));
         let reply = pb::SizeResponse::decode(reply.await.unwrap()).unwrap();
@@ -113,12 +121,13 @@ async fn measure(redis: &RedisServer, groups: usize, foreign: usize, stored: Dur
     });
     let load_all = load_all.await;
     println!(
-        "| {groups} | {foreign} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} | {:.0} | {:.0} | {:.1} | {:.2} | {:.1} |",
-        stored.as_secs_f64() * 1e6,
+        "| {groups} | {foreign} | {} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} | {:.0} | {:.0} | {:.1} | {:.2} | {:.1} |",
+        stored.map_or_else(|| "-".into(), |took| format!("{:.1}", micros(took))),
+        micros(store) / BATCH as f64,
         millis(size),
         millis(list),
         millis(load_all),
-        load_all.as_secs_f64() * 1e6 / groups as f64,
+        micros(load_all) / groups as f64,
         millis(serving),
         millis(warm),
         mirror / MIB,
@@ -157,6 +166,10 @@ async fn timed(work: impl Future<Output = ()>) -> Duration {
     let begin = Instant::now();
     work.await;
     begin.elapsed()
+}
+
+fn micros(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e6
 }
 
 fn millis(duration: Duration) -> f64 {

@@ -29,7 +29,10 @@ use hyper::{Request, body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
+};
 use tower::ServiceExt;
 
 use crate::{
@@ -279,7 +282,11 @@ impl Admin {
     }
 }
 
-async fn serve_connection(tcp: TcpStream, peer: SocketAddr, app: Router) {
+async fn serve_connection(
+    io: impl AsyncRead + AsyncWrite + Unpin + 'static,
+    peer: SocketAddr,
+    app: Router,
+) {
     let service = service_fn(move |request: Request<Incoming>| {
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(ConnectInfo(peer));
@@ -293,7 +300,7 @@ async fn serve_connection(tcp: TcpStream, peer: SocketAddr, app: Router) {
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(REQUEST_TIMEOUT)
-        .serve_connection(TokioIo::new(tcp), service);
+        .serve_connection(TokioIo::new(io), service);
     if let Err(error) = served.await {
         tracing::debug!(%peer, %error, "a connection to the HTTP port failed");
     }
@@ -378,6 +385,7 @@ mod tests {
         body::Body,
         http::{Request, header::AUTHORIZATION},
     };
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tower::ServiceExt;
 
     use super::*;
@@ -430,6 +438,34 @@ mod tests {
                 let status = put(admin, elsewhere, token).await;
                 assert_eq!(status, expected, "{elsewhere:?} {token:?}");
             }
+        }
+    }
+    /// Who sends half a request and waits is waited for only so long.
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_does_not_come_is_given_up() {
+        const HEAD: &str = "PUT /loglevel HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\n";
+        let instance = InstanceId::random();
+        let memory = MemoryStore::new(1 << 20, instance.clone());
+        let app = Arc::new(Admin::of_memory(memory, &instance)).router();
+        for (sent, reply) in [
+            (HEAD, "HTTP/1.1 408 "),
+            (&HEAD[..HEAD.len() - 2], ""),
+            ("", ""),
+        ] {
+            let (mut client, server) = tokio::io::duplex(1 << 10);
+            let peer = "127.0.0.1:1".parse().unwrap();
+            let served = tokio::spawn(serve_connection(server, peer, app.clone()));
+            let begin = tokio::time::Instant::now();
+            client.write_all(sent.as_bytes()).await.unwrap();
+            let mut replied = String::new();
+            // After a reply the next head is waited for as long again.
+            let most = REQUEST_TIMEOUT * 2 + Duration::from_secs(1);
+            let end = tokio::time::timeout(most, client.read_to_string(&mut replied));
+            end.await.expect("it ends").unwrap();
+            assert!(begin.elapsed() >= REQUEST_TIMEOUT, "{sent}");
+            assert!(replied.starts_with(reply), "{sent}: {replied}");
+            assert_eq!(replied.is_empty(), reply.is_empty(), "{sent}: {replied}");
+            served.await.unwrap();
         }
     }
 }
