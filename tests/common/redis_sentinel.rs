@@ -26,12 +26,14 @@ pub struct RedisSentinel {
 pub struct Sentinel {
     addr: SocketAddr,
     process: Process,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 /// As whom the service may ask a sentinel.
 const ACL: &str = include_str!("../../deploy/redis/sentinel.acl");
 
+/// The file in which it says what it does.
+const LOG: &str = "sentinel.log";
 /// What the sentinels call the primary.
 const SERVICE: &str = "groups";
 const SENTINELS: usize = 3;
@@ -53,11 +55,11 @@ impl RedisSentinel {
         for _ in 0..REPLICAS {
             servers.push(RedisServer::start_with(&["--replicaof", &follow]).await);
         }
-        let sentinels = (0..SENTINELS).map(|_| Sentinel::start(servers[0].addr(), down_after));
-        let started = Self {
-            sentinels: sentinels.collect(),
-            servers,
-        };
+        let mut sentinels = Vec::new();
+        for _ in 0..SENTINELS {
+            sentinels.push(Sentinel::start(servers[0].addr(), down_after).await);
+        }
+        let started = Self { servers, sentinels };
         started.wait_until_ready().await;
         started
     }
@@ -99,7 +101,8 @@ impl RedisSentinel {
         'wait: loop {
             assert!(
                 begin.elapsed() < READY_WITHIN,
-                "the sentinels are not ready"
+                "the sentinels are not ready; they say: {:#?}",
+                self.sentinels.iter().map(Sentinel::log).collect::<Vec<_>>()
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
             for sentinel in &self.sentinels {
@@ -141,13 +144,24 @@ async fn ask<T: FromRedisValue>(connection: &mut MultiplexedConnection, words: &
 
 impl Sentinel {
     /// Watches over the Redis at `primary`.
-    pub fn start(primary: SocketAddr, down_after: Duration) -> Self {
-        Self::start_with(primary, down_after, "")
+    pub async fn start(primary: SocketAddr, down_after: Duration) -> Self {
+        Self::start_with(primary, down_after, "").await
     }
 
     /// The same with more lines in its file. It speaks only TLS if it has a
     /// certificate.
-    pub fn start_with(primary: SocketAddr, down_after: Duration, more: &str) -> Self {
+    pub async fn start_with(primary: SocketAddr, down_after: Duration, more: &str) -> Self {
+        // Another process may take the port before the sentinel does.
+        for _ in 0..10 {
+            let mut sentinel = Self::spawn(primary, down_after, more);
+            if sentinel.is_up().await {
+                return sentinel;
+            }
+        }
+        panic!("redis-sentinel does not start");
+    }
+
+    fn spawn(primary: SocketAddr, down_after: Duration, more: &str) -> Self {
         let addr = free_address();
         let folder = TempDir::new().unwrap();
         // Sentinels write into their file what they learn.
@@ -175,13 +189,33 @@ impl Sentinel {
         command
             .arg(&file)
             .arg("--sentinel")
-            .stdout(Stdio::null())
+            .stdout(fs::File::create(folder.path().join(LOG)).unwrap())
             .stderr(Stdio::null());
         Self {
             addr,
             process: Process::spawn(&mut command, redis_server::INSTALL),
-            _folder: folder,
+            folder,
         }
+    }
+
+    /// Waits until it listens; false if it ended instead.
+    async fn is_up(&mut self) -> bool {
+        let begin = Instant::now();
+        while begin.elapsed() < READY_WITHIN {
+            if self.log().contains("Sentinel ID is") {
+                return true;
+            }
+            if self.process.child.try_wait().unwrap().is_some() {
+                return false;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        false
+    }
+
+    /// What it has said.
+    fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join(LOG)).unwrap()
     }
 
     pub fn process(&self) -> &Process {

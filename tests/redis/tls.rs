@@ -173,7 +173,7 @@ async fn a_sentinel_and_its_primary_are_reached_by_tls() {
         .map(|setting| format!("{} {}\n", setting[0].trim_start_matches("--"), setting[1]))
         .collect();
     lines.push_str("tls-auth-clients no\ntls-replication yes\n");
-    let sentinel = Sentinel::start_with(addr, Duration::from_secs(30), &lines);
+    let sentinel = Sentinel::start_with(addr, Duration::from_secs(30), &lines).await;
     let [user, password] = login();
     let url = format!("rediss-sentinel://{user}:{password}@{}", sentinel.asked());
     let service = Service::start(&["--redis-url", &url, "--redis-ca", &authority.ca()]);

@@ -65,7 +65,7 @@ async fn an_address_of_ipv6_is_used() {
 async fn a_sentinel_that_wants_a_password_gets_that_of_redis() {
     let redis = RedisServer::start_with(&["--requirepass", "s3cret"]).await;
     let settings = "requirepass s3cret\nsentinel auth-pass groups s3cret";
-    let sentinel = Sentinel::start_with(redis.addr(), Duration::from_secs(30), settings);
+    let sentinel = Sentinel::start_with(redis.addr(), Duration::from_secs(30), settings).await;
     let url = format!("redis-sentinel://:s3cret@{}", sentinel.asked());
     works_on_redis(&Service::start(&["--redis-url", &url])).await;
 }
