@@ -522,12 +522,14 @@ fn password(contents: &[Vec<u8>]) -> Result<String, String> {
 const BARE_ARGUMENT: &str =
     "error: an argument belongs to no setting: write --redis-url URL, and so on";
 
-/// Whether an argument is neither a flag nor the value of one.
+/// Whether an argument is neither a flag nor the value of one. After `--` anything is.
 fn is_bare_argument(error: &clap::Error) -> bool {
     let Some(ContextValue::String(argument)) = error.get(ContextKind::InvalidArg) else {
         return false;
     };
-    error.kind() == ErrorKind::UnknownArgument && !argument.starts_with('-')
+    let is_part_of_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+    let is_flag = argument.starts_with('-') && argument.chars().all(is_part_of_name);
+    error.kind() == ErrorKind::UnknownArgument && !is_flag
 }
 
 /// clap explains an error in several lines; the first says what is wrong.
@@ -641,11 +643,20 @@ mod tests {
                 assert!(!text.contains("s3cret"), "{text}");
             }
         }
-        // The flag was forgotten.
-        assert_eq!(
-            read(&["redis://u:s3cret@host"]).unwrap_err(),
-            (BARE_ARGUMENT.to_owned(), 2)
-        );
+        // The flag was forgotten, or is none.
+        for arguments in [
+            &["redis://u:s3cret@host"][..],
+            &["--", "--redis-url=redis://u:s3cret@host"],
+            &["--", "-redis://u:s3cret@host"],
+        ] {
+            let error = read(arguments).unwrap_err();
+            assert_eq!(error, (BARE_ARGUMENT.to_owned(), 2));
+        }
+        for argument in ["--redis-ur1=redis://u:s3cret@host", "-xs3cret"] {
+            let (text, _) = read(&[argument]).unwrap_err();
+            assert!(text.contains("unexpected argument '-"), "{text}");
+            assert!(!text.contains("s3cret"), "{text}");
+        }
         let settings = read(&["--redis-url", "redis://u:s3cret@host"]).unwrap();
         let (redis, _) = settings.redis().unwrap().unwrap();
         assert!(!format!("{redis:?}").contains("s3cret"));
