@@ -13,16 +13,24 @@ mod common;
 mod load;
 
 use std::{
-    sync::{Arc, Mutex},
+    cell::RefCell,
+    process,
+    rc::Rc,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use common::service::Service;
-use load::RawClient;
+use h2::client::SendRequest;
+use http::Request;
+use load::{RawClient, usage::Usage};
 use rustix::thread::{CpuSet, sched_setaffinity};
-use tokio::{runtime::Runtime, task::JoinSet};
-use tonic::Code;
+use tokio::{
+    net::TcpStream,
+    runtime,
+    task::{JoinSet, LocalSet},
+};
+use tonic::{Code, Status};
 
 const ROUND: Duration = Duration::from_secs(10);
 /// The beginning of a round, which does not count.
@@ -33,9 +41,20 @@ const ALERTS: usize = 200;
 const OVERLOAD: f64 = 4.0;
 /// Calls that begin at once: a timer is no finer.
 const TICK: Duration = Duration::from_millis(2);
+/// Bytes that the service may send before it is told to go on.
+const WINDOW: u32 = 16 << 20;
 
 const CORE_OF_SERVICE: usize = 0;
 const CORE_OF_LOAD: usize = 1;
+
+/// Connections without more between them and a call than HTTP/2: at four times the
+/// load the generator must not be what is slow.
+struct Generator {
+    url: String,
+    request: Bytes,
+    connections: Vec<SendRequest<Bytes>>,
+    service: u32,
+}
 
 /// What became of the calls of a round.
 #[derive(Default)]
@@ -45,6 +64,9 @@ struct Round {
     /// How long it took to refuse the others.
     shed: Vec<Duration>,
     failed: usize,
+    /// Parts of their cores that were used.
+    service_core: f64,
+    load_core: f64,
 }
 
 fn main() {
@@ -52,16 +74,18 @@ fn main() {
         "Load of {ALERTS} alerts from memory, {CONNECTIONS} connections, {ROUND:?} a round, a core each\n"
     );
     println!(
-        "| in flight at most | load | offered/s | admitted/s | p50 | p99 | shed/s | p99 of a refusal | failed |"
+        "| in flight at most | load | offered/s | admitted/s | p50 | p99 | shed/s | p99 of a refusal | failed \
+         | core of the service | of the load |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|");
     for limit in LIMITS {
         // What is started takes over the core of who starts it.
         stay_on(CORE_OF_SERVICE);
         let service = Service::start(&["--max-concurrent-calls", &limit.to_string()]);
         stay_on(CORE_OF_LOAD);
-        let runtime = Runtime::new().expect("a runtime");
-        runtime.block_on(compare(&service, limit));
+        let runtime = runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.expect("a runtime");
+        LocalSet::new().block_on(&runtime, compare(&service, limit));
     }
 }
 
@@ -72,81 +96,139 @@ fn stay_on(core: usize) {
 }
 
 async fn compare(service: &Service, limit: usize) {
-    let client = RawClient::connect(service.addr(), CONNECTIONS).await;
+    let client = RawClient::connect(service.addr(), 1).await;
     let stored = client.call(0, load::STORE, load::store_request(0, ALERTS));
     stored.await.expect("memory takes it");
-    let saturated = saturate(&client, limit).await;
+    let generator = Rc::new(Generator::connect(service).await);
+    let saturated = saturate(&generator, limit).await;
     let rate = saturated.rate();
     saturated.print(limit, "saturation");
-    let overloaded = overload(&client, OVERLOAD * rate).await;
+    let overloaded = overload(&generator, OVERLOAD * rate).await;
     overloaded.print(limit, "4 × overload");
     let ratio = overloaded.p99().as_secs_f64() / saturated.p99().as_secs_f64();
-    println!("| {limit} | ratio of p99: {ratio:.2} | | | | | | | |");
-}
-
-/// One call, if it is over before the round is.
-async fn call(
-    client: RawClient,
-    number: usize,
-    request: Bytes,
-    round: Arc<Mutex<Round>>,
-    counts_from: Instant,
-) {
-    let begin = Instant::now();
-    let answer = client.call(number, load::LOAD, request).await;
-    let took = begin.elapsed();
-    if begin < counts_from {
-        return;
-    }
-    let mut round = round.lock().expect("nothing panics while it is held");
-    match answer {
-        Ok(_) => round.admitted.push(took),
-        Err(status) if status.code() == Code::ResourceExhausted => round.shed.push(took),
-        Err(_) => round.failed += 1,
-    }
+    println!("| {limit} | ratio of p99: {ratio:.2} | | | | | | | | | |");
 }
 
 /// Each call is followed by the next.
-async fn saturate(client: &RawClient, in_flight: usize) -> Round {
-    let request = load::load_request(0);
-    let round = Arc::<Mutex<Round>>::default();
-    let counts_from = Instant::now() + WARM_UP;
-    let end = counts_from + ROUND;
+async fn saturate(generator: &Rc<Generator>, in_flight: usize) -> Round {
+    let begin = Instant::now();
+    let round = Rc::<RefCell<Round>>::default();
     let mut callers = JoinSet::new();
     for number in 0..in_flight {
-        let (client, request, round) = (client.clone(), request.clone(), round.clone());
-        callers.spawn(async move {
-            while Instant::now() < end {
-                let (client, request, round) = (client.clone(), request.clone(), round.clone());
-                call(client, number, request, round, counts_from).await;
+        let (generator, round) = (generator.clone(), round.clone());
+        callers.spawn_local(async move {
+            while begin.elapsed() < WARM_UP + ROUND {
+                let call = generator.clone().call(number, round.clone());
+                call.await;
             }
         });
     }
+    generator.watch(&round).await;
     callers.join_all().await;
-    std::mem::take(&mut round.lock().expect("no caller is left"))
+    round.take()
 }
 
 /// Calls begin at this rate, come what may.
-async fn overload(client: &RawClient, rate: f64) -> Round {
-    let request = load::load_request(0);
-    let round = Arc::<Mutex<Round>>::default();
+async fn overload(generator: &Rc<Generator>, rate: f64) -> Round {
     let begin = Instant::now();
-    let counts_from = begin + WARM_UP;
-    let end = counts_from + ROUND;
+    let round = Rc::<RefCell<Round>>::default();
+    let watched = round.clone();
+    let watch = {
+        let generator = generator.clone();
+        tokio::task::spawn_local(async move { generator.watch(&watched).await })
+    };
     let mut calls = JoinSet::new();
     let mut begun = 0;
-    while Instant::now() < end {
+    while begin.elapsed() < WARM_UP + ROUND {
         let due = (begin.elapsed().as_secs_f64() * rate) as usize;
         for number in begun..due {
-            let (client, request, round) = (client.clone(), request.clone(), round.clone());
-            calls.spawn(call(client, number, request, round, counts_from));
+            calls.spawn_local(generator.clone().call(number, round.clone()));
         }
         begun = due;
         while calls.try_join_next().is_some() {}
         tokio::time::sleep(TICK).await;
     }
     calls.join_all().await;
-    std::mem::take(&mut round.lock().expect("no call is left"))
+    watch.await.expect("it does not panic");
+    round.take()
+}
+
+// === impl Generator ===
+
+impl Generator {
+    async fn connect(service: &Service) -> Self {
+        let mut connections = Vec::new();
+        for _ in 0..CONNECTIONS {
+            let tcp = TcpStream::connect(service.addr()).await;
+            let tcp = tcp.expect("the service listens");
+            tcp.set_nodelay(true).expect("every socket has it");
+            let handshake = h2::client::Builder::new()
+                .initial_window_size(WINDOW)
+                .initial_connection_window_size(WINDOW)
+                .handshake(tcp)
+                .await;
+            let (send_request, connection) = handshake.expect("it is HTTP/2");
+            tokio::task::spawn_local(connection);
+            connections.push(send_request);
+        }
+        let message = load::load_request(0);
+        let length = u32::try_from(message.len()).expect("a small message");
+        let request = [&[0][..], &length.to_be_bytes(), &message].concat();
+        Self {
+            url: format!("http://{}{}", service.addr(), load::LOAD),
+            request: request.into(),
+            connections,
+            service: service.process().child.id(),
+        }
+    }
+
+    /// One call, and what became of it: what is still warming up does not count.
+    async fn call(self: Rc<Self>, number: usize, round: Rc<RefCell<Round>>) {
+        let begin = Instant::now();
+        let status = self.status_of_call(number).await;
+        let took = begin.elapsed();
+        let mut round = round.borrow_mut();
+        match status.map(|status| status.code()) {
+            Ok(Code::Ok) => round.admitted.push(took),
+            Ok(Code::ResourceExhausted) => round.shed.push(took),
+            _ => round.failed += 1,
+        }
+    }
+
+    async fn status_of_call(&self, number: usize) -> Result<Status, h2::Error> {
+        let connection = self.connections[number % CONNECTIONS].clone();
+        let request = Request::post(&self.url)
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .body(())
+            .expect("well-formed");
+        let (response, mut body) = connection.ready().await?.send_request(request, false)?;
+        body.send_data(self.request.clone(), true)?;
+        let response = response.await?;
+        if let Some(refused) = Status::from_header_map(response.headers()) {
+            return Ok(refused);
+        }
+        let mut body = response.into_body();
+        while let Some(part) = body.data().await {
+            let bytes = part?.len();
+            body.flow_control().release_capacity(bytes)?;
+        }
+        let trailers = body.trailers().await?.unwrap_or_default();
+        let missing = || Status::internal("no status");
+        Ok(Status::from_header_map(&trailers).unwrap_or_else(missing))
+    }
+
+    /// Leaves of a round what comes after its beginning, and counts what it takes.
+    async fn watch(&self, round: &RefCell<Round>) {
+        tokio::time::sleep(WARM_UP).await;
+        round.take();
+        let before = (Usage::of(self.service), Usage::of(process::id()));
+        tokio::time::sleep(ROUND).await;
+        let part = |before: Usage, pid| (Usage::of(pid).cpu - before.cpu).div_duration_f64(ROUND);
+        let mut round = round.borrow_mut();
+        round.service_core = part(before.0, self.service);
+        round.load_core = part(before.1, process::id());
+    }
 }
 
 // === impl Round ===
@@ -163,7 +245,7 @@ impl Round {
     fn print(&self, limit: usize, load: &str) {
         let per_second = |count: usize| count as f64 / ROUND.as_secs_f64();
         println!(
-            "| {limit} | {load} | {:.0} | {:.0} | {:.1?} | {:.1?} | {:.0} | {:.1?} | {} |",
+            "| {limit} | {load} | {:.0} | {:.0} | {:.1?} | {:.1?} | {:.0} | {:.1?} | {} | {:.2} | {:.2} |",
             per_second(self.admitted.len() + self.shed.len() + self.failed),
             self.rate(),
             percentile(&self.admitted, 0.5),
@@ -171,6 +253,8 @@ impl Round {
             per_second(self.shed.len()),
             percentile(&self.shed, 0.99),
             self.failed,
+            self.service_core,
+            self.load_core,
         );
     }
 }

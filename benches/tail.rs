@@ -75,6 +75,10 @@ async fn main() {
         let url = redis.url();
         let settings = [&["--redis-url", &url], scene.settings].concat();
         let service = Service::start(&settings);
+        // Until then the mirror is being filled.
+        while service.health().await["status"] != "ok" {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
         let beside = go_on(&redis, &service, scene.beside).await;
         let [loads, stores] = call(&service).await;
         drop(beside);

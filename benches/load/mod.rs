@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each benchmark uses some of it")]
 
 pub mod pass_through;
+pub mod usage;
 
 use bytes::{Buf, BufMut, Bytes};
 use groupstate::grpc::proto as pb;

@@ -23,7 +23,7 @@ mod sample;
 use std::time::Duration;
 
 use common::{http, redis_server::RedisServer, service::Service};
-use load::{RawClient, pass_through};
+use load::{RawClient, pass_through, usage::Usage};
 use redis::AsyncCommands;
 
 use self::{
@@ -31,7 +31,7 @@ use self::{
     etcd::Etcd,
     h2load::Shot,
     report::{Report, Row},
-    sample::{Load, Sample, Usage},
+    sample::{Load, Sample},
 };
 
 const ROUNDS: usize = 3;
@@ -275,8 +275,10 @@ impl Ground {
             .lines()
             .filter(|line| line.contains("storage_operations_total{"))
             .filter(|line| !line.contains(r#"result="success""#) && !line.ends_with(" 0"))
-            // The first swap of a caller is lost: it tells the version.
+            // The first swap of a caller is lost: it tells the version. And nobody sets a
+            // deadline, but h2load leaves behind what is in flight when its time is over.
             .filter(|line| !line.contains(r#"result="conflict""#))
+            .filter(|line| !line.contains(r#"result="deadline""#))
             .collect();
         assert!(failed.is_empty(), "calls have failed: {failed:#?}");
     }
