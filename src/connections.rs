@@ -15,19 +15,24 @@ use std::{
     io,
     net::SocketAddr,
     pin::{Pin, pin},
-    sync::Arc,
-    task::{Context, Poll},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
+use futures::future::Either;
 use http::{Request, Response};
 use http_body::Body;
 use hyper::{
     body::Incoming,
+    rt::Executor,
     server::conn::http2,
     service::{Service, service_fn},
 };
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
@@ -39,6 +44,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     accept::{Newest, pause_after},
+    grpc::envelope::Answer,
     telemetry::{self, ConnectionFailure, seldom},
     tls::{self, ServerTls},
     waits::Waits,
@@ -56,10 +62,19 @@ pub struct ConnectionLimits {
     pub max_streams: u32,
 }
 
+/// The calls of a connection: hyper asks for a task for each. One that is answered
+/// already gets none. A new task stands behind all others, so that under too high a load
+/// to be refused would take as long as to be served.
+#[derive(Clone, Debug, Default)]
+struct Calls {
+    /// Of the call for which hyper asks next.
+    answered: Arc<AtomicBool>,
+}
+
 /// What all connections share.
 struct Shared<S> {
     service: S,
-    http2: http2::Builder<TokioExecutor>,
+    max_streams: u32,
     max_age: Duration,
     waits: Arc<Waits>,
     open: TaskTracker,
@@ -151,18 +166,21 @@ pub async fn serve<S, B>(
     service: S,
     stop: impl Future<Output = ()>,
 ) where
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
-        + Send
+    S: Service<
+            Request<Incoming>,
+            Response = Response<B>,
+            Error = Infallible,
+            Future = Answer<Response<B>, Infallible>,
+        > + Send
         + Sync
         + 'static,
-    S::Future: Send,
     B: Body + Send + 'static,
     B::Data: Send,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let shared = Arc::new(Shared {
         service,
-        http2: http2(limits.max_streams),
+        max_streams: limits.max_streams,
         max_age: limits.max_age,
         waits,
         open: TaskTracker::new(),
@@ -209,8 +227,8 @@ pub async fn serve<S, B>(
     shared.open.wait().await;
 }
 
-fn http2(max_streams: u32) -> http2::Builder<TokioExecutor> {
-    let mut http2 = http2::Builder::new(TokioExecutor::new());
+fn http2(calls: Calls, max_streams: u32) -> http2::Builder<Calls> {
+    let mut http2 = http2::Builder::new(calls);
     http2
         .timer(TokioTimer::new())
         .keep_alive_interval(KEEPALIVE_INTERVAL)
@@ -230,15 +248,42 @@ async fn renew(tls: &mut Option<ServerTls>) {
     }
 }
 
+// === impl Calls ===
+
+impl Calls {
+    /// The service has been called; hyper asks for the task next.
+    fn next_is<R, E>(&self, answer: &Answer<R, E>) {
+        let answered = matches!(answer, Either::Left(_));
+        self.answered.store(answered, Ordering::Relaxed);
+    }
+}
+
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Calls {
+    fn execute(&self, call: F) {
+        if !self.answered.swap(false, Ordering::Relaxed) {
+            tokio::spawn(call);
+            return;
+        }
+        let mut call = Box::pin(call);
+        let mut unheard = Context::from_waker(Waker::noop());
+        if call.as_mut().poll(&mut unheard).is_pending() {
+            tokio::spawn(call);
+        }
+    }
+}
+
 // === impl Shared ===
 
 impl<S, B> Shared<S>
 where
-    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
-        + Send
+    S: Service<
+            Request<Incoming>,
+            Response = Response<B>,
+            Error = Infallible,
+            Future = Answer<Response<B>, Infallible>,
+        > + Send
         + Sync
         + 'static,
-    S::Future: Send,
     B: Body + Send + 'static,
     B::Data: Send,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -294,11 +339,15 @@ where
     {
         let _open = telemetry::connection_opens();
         let connected = self.waits.connect(peer);
+        let calls = Calls::default();
         let service = service_fn(|mut request: Request<Incoming>| {
             request.extensions_mut().insert(connected.client().clone());
-            self.service.call(request)
+            let answer = self.service.call(request);
+            calls.next_is(&answer);
+            answer
         });
-        let connection = self.http2.serve_connection(TokioIo::new(io), service);
+        let http2 = http2(calls.clone(), self.max_streams);
+        let connection = http2.serve_connection(TokioIo::new(io), service);
         let mut connection = pin!(connection);
         let served = async {
             tokio::select! {
@@ -393,5 +442,36 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Begun<IO> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::{pending, ready};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn only_a_call_that_is_answered_already_does_without_a_task() {
+        let calls = Calls::default();
+        let done = Arc::new(AtomicBool::new(false));
+        let call = || {
+            let done = done.clone();
+            async move { done.store(true, Ordering::Relaxed) }
+        };
+        calls.next_is(&Answer::<(), ()>::Left(ready(Ok(()))));
+        calls.execute(call());
+        assert!(done.swap(false, Ordering::Relaxed), "it is done at once");
+
+        // What was said of one call says nothing of the next.
+        for is_told in [false, true] {
+            if is_told {
+                calls.next_is(&Answer::<(), ()>::Right(Box::pin(pending())));
+            }
+            calls.execute(call());
+            assert!(!done.load(Ordering::Relaxed), "a task of its own does it");
+            tokio::task::yield_now().await;
+            assert!(done.swap(false, Ordering::Relaxed));
+        }
     }
 }

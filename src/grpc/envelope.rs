@@ -3,7 +3,7 @@
 //! makes by itself.
 
 use std::{
-    future::{poll_fn, ready},
+    future::{Ready, poll_fn, ready},
     panic::AssertUnwindSafe,
     pin::{Pin, pin},
     sync::Arc,
@@ -11,7 +11,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures::{FutureExt, future::BoxFuture};
+use futures::{
+    FutureExt,
+    future::{BoxFuture, Either},
+};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::service::Service;
@@ -57,6 +60,9 @@ pub struct Envelope<S> {
     inner: S,
     shared: Arc<Shared>,
 }
+
+/// What becomes of a call: an answer that is there already, or one to wait for.
+pub type Answer<R, E> = Either<Ready<Result<R, E>>, BoxFuture<'static, Result<R, E>>>;
 
 /// The body of a reply, which waits for its client until it has left.
 pub struct Reply {
@@ -120,7 +126,7 @@ where
 {
     type Response = Response<Reply>;
     type Error = S::Error;
-    type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
+    type Future = Answer<Self::Response, Self::Error>;
 
     /// Is called as soon as the headers of a call have come, before a task is made of
     /// it: what is refused here waits for nothing.
@@ -133,11 +139,12 @@ where
             Ok(call) => call,
             Err(error) => {
                 let body = |body| Reply { body, _wait: wait };
-                return Box::pin(ready(Ok(shared.refuse(error, &context).map(body))));
+                let refused = shared.refuse(error, &context).map(body);
+                return Either::Left(ready(Ok(refused)));
             }
         };
         let inner = self.inner.clone();
-        Box::pin(async move {
+        let answer = async move {
             let mut taken = Room::default();
             let answer = async {
                 let (parts, body) = request.into_parts();
@@ -188,7 +195,8 @@ where
             }
             drop((call, taken));
             Ok(response.map(|body| Reply { body, _wait: wait }))
-        })
+        };
+        Either::Right(Box::pin(answer))
     }
 }
 
