@@ -440,6 +440,7 @@ mod tests {
             }
         }
     }
+
     /// Who sends half a request and waits is waited for only so long.
     #[tokio::test(start_paused = true)]
     async fn a_request_that_does_not_come_is_given_up() {

@@ -11,7 +11,6 @@
 //! handshakes or on connections; and it spins when there are no file descriptors left.
 
 use std::{
-    convert::Infallible,
     io,
     net::SocketAddr,
     pin::{Pin, pin},
@@ -24,8 +23,7 @@ use std::{
 };
 
 use futures::future::Either;
-use http::{Request, Response};
-use http_body::Body;
+use http::Request;
 use hyper::{
     body::Incoming,
     rt::Executor,
@@ -44,7 +42,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     accept::{Newest, pause_after},
-    grpc::envelope::Answer,
+    grpc::{
+        envelope::{Answer, Envelope},
+        services::Services,
+    },
     telemetry::{self, ConnectionFailure, seldom},
     tls::{self, ServerTls},
     waits::Waits,
@@ -62,18 +63,18 @@ pub struct ConnectionLimits {
     pub max_streams: u32,
 }
 
-/// The calls of a connection: hyper asks for a task for each. One that is answered
-/// already gets none. A new task stands behind all others, so that under too high a load
+/// Tasks for the calls of a connection, as hyper asks for them. One that is answered
+/// already gets none: a new task stands behind all others, so that under too high a load
 /// to be refused would take as long as to be served.
 #[derive(Clone, Debug, Default)]
-struct Calls {
+struct Tasks {
     /// Of the call for which hyper asks next.
     answered: Arc<AtomicBool>,
 }
 
 /// What all connections share.
-struct Shared<S> {
-    service: S,
+struct Shared {
+    calls: Envelope<Services>,
     max_streams: u32,
     max_age: Duration,
     waits: Arc<Waits>,
@@ -158,28 +159,16 @@ pub fn within_open_files(max_connections: usize) -> usize {
 
 /// Serves the connections that come to `listener` until `stop`, and waits until
 /// the last call on them is over.
-pub async fn serve<S, B>(
+pub async fn serve(
     listener: TcpListener,
     mut tls: Option<ServerTls>,
     limits: ConnectionLimits,
     waits: Arc<Waits>,
-    service: S,
+    calls: Envelope<Services>,
     stop: impl Future<Output = ()>,
-) where
-    S: Service<
-            Request<Incoming>,
-            Response = Response<B>,
-            Error = Infallible,
-            Future = Answer<Response<B>, Infallible>,
-        > + Send
-        + Sync
-        + 'static,
-    B: Body + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
+) {
     let shared = Arc::new(Shared {
-        service,
+        calls,
         max_streams: limits.max_streams,
         max_age: limits.max_age,
         waits,
@@ -227,8 +216,8 @@ pub async fn serve<S, B>(
     shared.open.wait().await;
 }
 
-fn http2(calls: Calls, max_streams: u32) -> http2::Builder<Calls> {
-    let mut http2 = http2::Builder::new(calls);
+fn http2(tasks: Tasks, max_streams: u32) -> http2::Builder<Tasks> {
+    let mut http2 = http2::Builder::new(tasks);
     http2
         .timer(TokioTimer::new())
         .keep_alive_interval(KEEPALIVE_INTERVAL)
@@ -248,9 +237,9 @@ async fn renew(tls: &mut Option<ServerTls>) {
     }
 }
 
-// === impl Calls ===
+// === impl Tasks ===
 
-impl Calls {
+impl Tasks {
     /// The service has been called; hyper asks for the task next.
     fn next_is<R, E>(&self, answer: &Answer<R, E>) {
         let answered = matches!(answer, Either::Left(_));
@@ -258,7 +247,7 @@ impl Calls {
     }
 }
 
-impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Calls {
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Tasks {
     fn execute(&self, call: F) {
         if !self.answered.swap(false, Ordering::Relaxed) {
             tokio::spawn(call);
@@ -274,20 +263,7 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Calls {
 
 // === impl Shared ===
 
-impl<S, B> Shared<S>
-where
-    S: Service<
-            Request<Incoming>,
-            Response = Response<B>,
-            Error = Infallible,
-            Future = Answer<Response<B>, Infallible>,
-        > + Send
-        + Sync
-        + 'static,
-    B: Body + Send + 'static,
-    B::Data: Send,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
+impl Shared {
     async fn begin(
         self: Arc<Self>,
         tcp: TcpStream,
@@ -339,14 +315,14 @@ where
     {
         let _open = telemetry::connection_opens();
         let connected = self.waits.connect(peer);
-        let calls = Calls::default();
+        let tasks = Tasks::default();
         let service = service_fn(|mut request: Request<Incoming>| {
             request.extensions_mut().insert(connected.client().clone());
-            let answer = self.service.call(request);
-            calls.next_is(&answer);
+            let answer = self.calls.call(request);
+            tasks.next_is(&answer);
             answer
         });
-        let http2 = http2(calls.clone(), self.max_streams);
+        let http2 = http2(tasks.clone(), self.max_streams);
         let connection = http2.serve_connection(TokioIo::new(io), service);
         let mut connection = pin!(connection);
         let served = async {
@@ -453,22 +429,22 @@ mod tests {
 
     #[tokio::test]
     async fn only_a_call_that_is_answered_already_does_without_a_task() {
-        let calls = Calls::default();
+        let tasks = Tasks::default();
         let done = Arc::new(AtomicBool::new(false));
         let call = || {
             let done = done.clone();
             async move { done.store(true, Ordering::Relaxed) }
         };
-        calls.next_is(&Answer::<(), ()>::Left(ready(Ok(()))));
-        calls.execute(call());
+        tasks.next_is(&Answer::<(), ()>::Left(ready(Ok(()))));
+        tasks.execute(call());
         assert!(done.swap(false, Ordering::Relaxed), "it is done at once");
 
         // What was said of one call says nothing of the next.
         for is_told in [false, true] {
             if is_told {
-                calls.next_is(&Answer::<(), ()>::Right(Box::pin(pending())));
+                tasks.next_is(&Answer::<(), ()>::Right(Box::pin(pending())));
             }
-            calls.execute(call());
+            tasks.execute(call());
             assert!(!done.load(Ordering::Relaxed), "a task of its own does it");
             tokio::task::yield_now().await;
             assert!(done.swap(false, Ordering::Relaxed));
