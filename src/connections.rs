@@ -14,19 +14,14 @@ use std::{
     io,
     net::SocketAddr,
     pin::{Pin, pin},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    task::{Context, Poll, Waker},
+    sync::Arc,
+    task::{Context, Poll},
     time::Duration,
 };
 
-use futures::future::Either;
 use http::Request;
 use hyper::{
     body::Incoming,
-    rt::Executor,
     server::conn::http2,
     service::{Service, service_fn},
 };
@@ -42,10 +37,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     accept::{Newest, pause_after},
-    grpc::{
-        envelope::{Answer, Envelope},
-        services::Services,
-    },
+    grpc::{envelope::Envelope, services::Services},
+    tasks::Tasks,
     telemetry::{self, ConnectionFailure, seldom},
     tls::{self, ServerTls},
     waits::Waits,
@@ -63,18 +56,10 @@ pub struct ConnectionLimits {
     pub max_streams: u32,
 }
 
-/// Tasks for the calls of a connection, as hyper asks for them. One that is answered
-/// already gets none: a new task stands behind all others, so that under too high a load
-/// to be refused would take as long as to be served.
-#[derive(Clone, Debug, Default)]
-struct Tasks {
-    /// Of the call for which hyper asks next.
-    answered: Arc<AtomicBool>,
-}
-
 /// What all connections share.
 struct Shared {
     calls: Envelope<Services>,
+    tasks: Tasks,
     max_streams: u32,
     max_age: Duration,
     waits: Arc<Waits>,
@@ -169,6 +154,7 @@ pub async fn serve(
 ) {
     let shared = Arc::new(Shared {
         calls,
+        tasks: Tasks::start(),
         max_streams: limits.max_streams,
         max_age: limits.max_age,
         waits,
@@ -237,30 +223,6 @@ async fn renew(tls: &mut Option<ServerTls>) {
     }
 }
 
-// === impl Tasks ===
-
-impl Tasks {
-    /// The service has been called; hyper asks for the task next.
-    fn next_is<R, E>(&self, answer: &Answer<R, E>) {
-        let answered = matches!(answer, Either::Left(_));
-        self.answered.store(answered, Ordering::Relaxed);
-    }
-}
-
-impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Tasks {
-    fn execute(&self, call: F) {
-        if !self.answered.swap(false, Ordering::Relaxed) {
-            tokio::spawn(call);
-            return;
-        }
-        let mut call = Box::pin(call);
-        let mut unheard = Context::from_waker(Waker::noop());
-        if call.as_mut().poll(&mut unheard).is_pending() {
-            tokio::spawn(call);
-        }
-    }
-}
-
 // === impl Shared ===
 
 impl Shared {
@@ -315,7 +277,7 @@ impl Shared {
     {
         let _open = telemetry::connection_opens();
         let connected = self.waits.connect(peer);
-        let tasks = Tasks::default();
+        let tasks = self.tasks.of_connection();
         let service = service_fn(|mut request: Request<Incoming>| {
             request.extensions_mut().insert(connected.client().clone());
             let answer = self.calls.call(request);
@@ -418,36 +380,5 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Begun<IO> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.io).poll_shutdown(cx)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::future::{pending, ready};
-
-    use super::*;
-
-    #[tokio::test]
-    async fn only_a_call_that_is_answered_already_does_without_a_task() {
-        let tasks = Tasks::default();
-        let done = Arc::new(AtomicBool::new(false));
-        let call = || {
-            let done = done.clone();
-            async move { done.store(true, Ordering::Relaxed) }
-        };
-        tasks.next_is(&Answer::<(), ()>::Left(ready(Ok(()))));
-        tasks.execute(call());
-        assert!(done.swap(false, Ordering::Relaxed), "it is done at once");
-
-        // What was said of one call says nothing of the next.
-        for is_told in [false, true] {
-            if is_told {
-                tasks.next_is(&Answer::<(), ()>::Right(Box::pin(pending())));
-            }
-            tasks.execute(call());
-            assert!(!done.load(Ordering::Relaxed), "a task of its own does it");
-            tokio::task::yield_now().await;
-            assert!(done.swap(false, Ordering::Relaxed));
-        }
     }
 }

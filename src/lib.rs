@@ -10,6 +10,7 @@
 //! | [`reload`] | what is read from files and read again when they change |
 //! | [`server`] | puts the parts together; start and graceful stop |
 //! | [`connections`] | the connections of clients |
+//! | [`tasks`] | the tasks of calls |
 //! | [`tls`] | TLS of the gRPC port |
 //! | [`admin`] | the HTTP port: probes, health, metrics |
 //! | [`accept`] | what both ports do about too many connections |
@@ -37,6 +38,7 @@ pub mod manager;
 pub mod reload;
 pub mod server;
 pub mod store;
+pub mod tasks;
 pub mod telemetry;
 pub mod tls;
 pub mod version;

@@ -11,7 +11,7 @@
 //!
 //! `Closed`: Redis answers. `Open`: memory answers, and Redis is left alone for
 //! a pause that grows with each failure. `HalfOpen`: memory answers, and Redis
-//! is probed.
+//! is probed. So it begins.
 
 use std::time::Duration;
 
@@ -77,10 +77,12 @@ impl Breaker {
     /// When Redis was well for this long, the next failure counts as the first.
     const FORGIVEN_AFTER: Duration = Duration::from_secs(10);
 
-    /// Open, but probing at once: Redis has not answered yet.
+    /// Open, but probing at once: Redis has not answered yet. Nor has it failed, so
+    /// that one PING is enough.
     pub fn new(now: Instant) -> Self {
+        let pings = Self::PINGS_TO_CLOSE - 1;
         Self {
-            state: State::HalfOpen { pings: 0 },
+            state: State::HalfOpen { pings },
             period: 0,
             since: now,
             failures: 0,
@@ -218,10 +220,19 @@ mod tests {
     }
 
     #[test]
-    fn it_starts_by_probing_and_closes_after_three_pings_and_a_write() {
-        let now = Instant::now();
-        let mut breaker = Breaker::new(now);
-        for _ in 0..3 {
+    fn it_starts_by_probing_and_closes_after_a_ping_and_a_write() {
+        closes_after(1, Breaker::new(Instant::now()), Instant::now());
+    }
+
+    #[test]
+    fn it_closes_again_after_three_pings_and_a_write() {
+        let (mut breaker, now) = closed();
+        breaker.fails(breaker.period(), 0.0, now);
+        closes_after(3, breaker, now + Breaker::FIRST_PAUSE);
+    }
+
+    fn closes_after(pings: u32, mut breaker: Breaker, now: Instant) {
+        for _ in 0..pings {
             assert!(!breaker.is_closed());
             assert_eq!(breaker.next(now), Next::Probe(Probe::Ping));
             assert!(!breaker.probe_succeeds(Probe::Ping, now));
@@ -357,7 +368,8 @@ mod tests {
         ) {
             let mut now = Instant::now();
             let mut breaker = Breaker::new(now);
-            let mut succeeded = Vec::new();
+            // Those that it begins with.
+            let mut succeeded = vec![Probe::Ping, Probe::Ping];
             let mut opened = None;
             for (pause, event, jitter) in events {
                 now += pause * MS;
