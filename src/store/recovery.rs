@@ -234,6 +234,10 @@ impl Watch {
     async fn probe(self: Arc<Self>) {
         let mut status = self.switch.subscribe();
         let mut moved = self.redis.moved();
+        // With each connection that comes up later, what time it is at its other end is
+        // forgotten, and the next write would have to ask first.
+        let connected_by = Instant::now() + Self::PROBE_BOUND;
+        self.redis.wait(connected_by).await;
         loop {
             match self.switch.next() {
                 Next::Probe(Probe::Ping) => match self.redis.ping_any(Self::PROBE_BOUND).await {

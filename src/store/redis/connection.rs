@@ -78,8 +78,7 @@ impl Connections {
         self.way.link()
     }
 
-    /// Waits until Redis answers, at most until `deadline`; false if it does
-    /// not.
+    /// Waits until every connection is there, at most until `deadline`; false if one is not.
     pub async fn wait(&self, deadline: Instant) -> bool {
         loop {
             if self.link().is_some_and(|link| link.is_connected()) {

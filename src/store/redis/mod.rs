@@ -132,8 +132,7 @@ impl RedisStore {
         })
     }
 
-    /// Waits until Redis answers, at most until `deadline`; false if it does
-    /// not.
+    /// Waits until every connection is there, at most until `deadline`; false if one is not.
     pub async fn wait(&self, deadline: Instant) -> bool {
         self.connections.wait(deadline).await
     }
