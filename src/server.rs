@@ -2,7 +2,11 @@
 
 use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
-use tokio::{net::TcpListener, task::JoinSet, time::Instant};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    task::JoinSet,
+    time::Instant,
+};
 use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
@@ -95,6 +99,11 @@ const LAST_TRY: Duration = Duration::from_secs(5);
 const OPEN_CALLS: usize = 4;
 const LEAST_OPEN_CALLS: usize = 16_384;
 
+/// So many connections wait to be accepted, or as many as the system allows
+/// (`net.core.somaxconn`). With the 1,024 of `TcpListener::bind`, the first message of an honest client was lost
+/// while thousands connected, and sent again a second later.
+const BACKLOG: u32 = 4_096;
+
 /// The time that replies get to leave after the last call.
 const LAST_REPLIES: Duration = Duration::from_millis(500);
 
@@ -163,8 +172,8 @@ impl Server {
         admin: Admin,
         instance: InstanceId,
     ) -> Result<Self, ServerError> {
-        let grpc = listen("--grpc-addr", settings.grpc_addr).await?;
-        let http = listen("--http-addr", settings.http_addr).await?;
+        let grpc = listen("--grpc-addr", settings.grpc_addr)?;
+        let http = listen("--http-addr", settings.http_addr)?;
         tracing::info!(addr = %http.local_addr()?, "serving HTTP");
         let mut tasks = JoinSet::new();
         let interval = settings.reload_interval;
@@ -335,13 +344,23 @@ fn watch<T: Send + Sync + 'static>(
     }))
 }
 
-async fn listen(setting: &'static str, addr: SocketAddr) -> Result<TcpListener, ServerError> {
-    let bound = TcpListener::bind(addr).await;
-    bound.map_err(|error| ServerError::Bind {
+fn listen(setting: &'static str, addr: SocketAddr) -> Result<TcpListener, ServerError> {
+    bind(addr).map_err(|error| ServerError::Bind {
         setting,
         addr,
         error,
     })
+}
+
+fn bind(addr: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match addr {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    }?;
+    // As `TcpListener::bind` does, so that a restart need not wait for old connections.
+    socket.set_reuseaddr(true)?;
+    socket.bind(addr)?;
+    socket.listen(BACKLOG)
 }
 
 /// Shows in the health of `redis` whether Redis answers.
