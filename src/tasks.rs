@@ -6,11 +6,12 @@
 //! Calls that are ready at the same time send together. Each wakes two tasks that write:
 //! that of fred with a command for Redis, that of its connection with a reply. tokio runs what was
 //! woken last before all others, so that every command and every reply would leave by
-//! itself, with a system call here and one at the other end. Where there are a few calls, the
-//! writer is made to wait for those that are ready: see [`Tasks::let_others_go_first`].
+//! itself, with a system call here and one at the other end. So the writer is made to wait
+//! for the calls that are ready: see [`Tasks::let_others_go_first`].
 
 use std::{
     future::poll_fn,
+    ops::RangeInclusive,
     pin::pin,
     sync::{
         Arc,
@@ -46,8 +47,9 @@ struct Shared {
 // === impl Tasks ===
 
 impl Tasks {
-    /// With so few calls, one that waits for others waits for nothing.
-    const FEW: usize = 4;
+    /// With fewer calls, to wait for others is to wait for nothing. With more, it takes too
+    /// long: what writes replies is also what reads and refuses requests.
+    const WORTH_WAITING: RangeInclusive<usize> = 5..=128;
 
     /// For all connections. Needs a runtime.
     pub fn start() -> Self {
@@ -100,7 +102,7 @@ impl Tasks {
     /// features are on, is as good for many calls and costs a single one twice the
     /// processor time: what it wakes is taken over by another thread each time.)
     fn let_others_go_first(&self) {
-        if self.shared.running.len() > Self::FEW {
+        if Self::WORTH_WAITING.contains(&self.shared.running.len()) {
             self.shared.stand_in.notify_one();
         }
     }
