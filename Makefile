@@ -70,11 +70,16 @@ lint: tools ## Check formatting, clippy, and that the proto is well-formed and c
 
 # Processes that the tests kill write what they have run while they run, for which
 # the counters have to lie in the file: the flag. (%c, in tests/common/mod.rs.)
-coverage: tools ## Measure which lines of src/ the tests run; at first it builds cargo-tarpaulin
-	test -x .tools/bin/cargo-tarpaulin || cargo install --locked --root .tools cargo-tarpaulin
-	RUSTFLAGS='-C llvm-args=-runtime-counter-relocation' .tools/bin/cargo-tarpaulin tarpaulin --locked \
-		--engine llvm --target-dir target/coverage --objects target/coverage/debug/groupstate \
+# They start the examples, too, which tarpaulin does not build.
+coverage: TARPAULIN := RUSTFLAGS='-C llvm-args=-runtime-counter-relocation' .tools/bin/cargo-tarpaulin tarpaulin --engine llvm
+coverage: tools .tools/bin/cargo-tarpaulin ## Measure which lines of src/ the tests run; at first it builds cargo-tarpaulin
+	eval "$$($(TARPAULIN) --stderr --print-rust-flags)" && export RUSTFLAGS && \
+		cargo build --locked --examples --target-dir target/coverage
+	$(TARPAULIN) --locked --target-dir target/coverage --objects target/coverage/debug/groupstate \
 		--include-files 'src/*' --skip-clean --timeout 900 --out Stdout --out Html --output-dir target/coverage
+
+.tools/bin/cargo-tarpaulin:
+	cargo install cargo-tarpaulin --locked --version 0.37.5 --root .tools
 
 dist: tools ## Take the steps of the Dockerfile without Docker, and try what they make
 	tests/deploy/dist.py

@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{SocketAddr, TcpListener},
+    path::Path,
     time::Duration,
 };
 
@@ -219,7 +220,9 @@ impl Site {
         let keys: u64 = self.ask(&["DBSIZE"]).await;
         self.redis.kill();
         sleep(length).await;
-        let micros = duration.as_micros() / u128::from(keys.max(1));
+        // It pauses for each key of the base file and for each command behind it.
+        let pauses = keys.max(1) + commands_behind_base(self.redis.folder());
+        let micros = duration.as_micros() / u128::from(pauses);
         let micros = micros.to_string();
         let mut settings = vec!["--key-load-delay", &micros];
         if redis_server::version() >= (7, 0) {
@@ -318,4 +321,23 @@ pub async fn ask(addr: SocketAddr, command: &str, bound: Duration) -> io::Result
         }
     };
     tokio::time::timeout(bound, exchange).await?
+}
+
+/// Number of commands in the append-only files of Redis: what was written since, or while,
+/// it wrote its base file.
+fn commands_behind_base(folder: &Path) -> u64 {
+    let entries = std::fs::read_dir(folder).expect("a folder of the test");
+    let counts = entries.map(|entry| {
+        let path = entry.expect("a folder of the test").path();
+        if path.is_dir() {
+            commands_behind_base(&path)
+        } else if path.extension().is_some_and(|extension| extension == "aof") {
+            let bytes = std::fs::read(&path).expect("Redis is dead and its file is there");
+            // JSON has no line breaks.
+            bytes.windows(2).filter(|pair| pair == b"\n*").count() as u64
+        } else {
+            0
+        }
+    });
+    counts.sum()
 }
