@@ -7,13 +7,14 @@
 //!
 //! What h2load can send, h2load sends: it is written in C and knows nothing of gRPC,
 //! so it takes little of the two cores, and no side is favoured. What has to look at
-//! the replies is sent by [`callers`].
+//! the replies is sent by [`callers`] and [`batches`].
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
 #[path = "../load/mod.rs"]
 mod load;
 
+mod batches;
 mod callers;
 mod etcd;
 mod h2load;
@@ -27,6 +28,7 @@ use load::{RawClient, pass_through, usage::Usage};
 use redis::AsyncCommands;
 
 use self::{
+    batches::Batches,
     callers::Caller,
     etcd::Etcd,
     h2load::Shot,
@@ -67,6 +69,8 @@ struct Side {
 enum Sender {
     H2load(Shot),
     Callers(Caller),
+    /// With one call in flight, whatever the load.
+    Batches(Batches),
 }
 
 /// The servers, all of them running from the beginning to the end.
@@ -86,15 +90,23 @@ async fn main() {
     let mut report = Report::default();
     for alerts in SIZES {
         let document = ground.fill(alerts).await;
+        let mut cases = Vec::new();
         for load in LOADS {
-            if alerts != SIZES[0] && !LOADS_OF_LARGE.contains(&load.in_flight()) {
-                continue;
+            if alerts == SIZES[0] || LOADS_OF_LARGE.contains(&load.in_flight()) {
+                cases.extend(ground.cases(alerts, document).map(|case| (case, load)));
             }
-            for case in ground.cases(alerts, document) {
-                let row = ground.measure(&case, alerts, load).await;
-                println!("{}", row.markdown());
-                report.rows.push(row);
-            }
+        }
+        if alerts == SIZES[0] {
+            cases.extend(
+                ground
+                    .batches(alerts, document)
+                    .map(|case| (case, LOADS[0])),
+            );
+        }
+        for (case, load) in cases {
+            let row = ground.measure(&case, alerts, load).await;
+            println!("{}", row.markdown());
+            report.rows.push(row);
         }
     }
     ground.all_succeeded().await;
@@ -142,16 +154,8 @@ impl Ground {
         let h2load = |addr: &str, path, request| {
             Sender::H2load(Shot::new(self.folder.path(), addr, path, request))
         };
-        let ours = |sender| Side {
-            name: "groupstate",
-            server: self.service.process().child.id(),
-            sender,
-        };
-        let thin = |sender| Side {
-            name: "pass-through",
-            server: self.thin.child.id(),
-            sender,
-        };
+        let ours = |sender| self.ours(sender);
+        let thin = |sender| self.thin(sender);
         let etcd = |path, request| Side {
             name: ETCD,
             server: self.etcd.pid(),
@@ -224,6 +228,50 @@ impl Ground {
         cases
     }
 
+    /// All groups in one call.
+    fn batches(&self, alerts: usize, document: usize) -> [Case; 2] {
+        let case = |name, all, singly| {
+            let batches = |addr: &str, kind| {
+                Sender::Batches(Batches::new(addr, kind, KEYS, alerts, document))
+            };
+            Case {
+                name,
+                sides: vec![
+                    self.ours(batches(self.service.addr(), all)),
+                    self.thin(batches(&self.thin_addr, singly)),
+                ],
+            }
+        };
+        [
+            case(
+                "LoadAll of 512",
+                batches::Kind::LoadAll,
+                batches::Kind::Gets,
+            ),
+            case(
+                "StoreAll of 512",
+                batches::Kind::StoreAll,
+                batches::Kind::Sets,
+            ),
+        ]
+    }
+
+    fn ours(&self, sender: Sender) -> Side {
+        Side {
+            name: "groupstate",
+            server: self.service.process().child.id(),
+            sender,
+        }
+    }
+
+    fn thin(&self, sender: Sender) -> Side {
+        Side {
+            name: "pass-through",
+            server: self.thin.child.id(),
+            sender,
+        }
+    }
+
     async fn measure(&self, case: &Case, alerts: usize, load: Load) -> Row {
         let mut samples: Vec<Vec<Sample>> = case.sides.iter().map(|_| Vec::new()).collect();
         // The first round warms up, and does not count.
@@ -252,6 +300,7 @@ impl Ground {
         let latencies = match &side.sender {
             Sender::H2load(shot) => shot.fire(load),
             Sender::Callers(caller) => caller.drive(load).await,
+            Sender::Batches(batches) => batches.drive().await,
         };
         Sample {
             latencies,
