@@ -18,6 +18,7 @@ mod batches;
 mod callers;
 mod etcd;
 mod h2load;
+mod plain;
 mod report;
 mod sample;
 
@@ -107,6 +108,9 @@ async fn main() {
             let row = ground.measure(&case, alerts, load).await;
             println!("{}", row.markdown());
             report.rows.push(row);
+        }
+        if alerts == SIZES[0] {
+            report.plain = plain::measure(ground.redis.addr(), document);
         }
     }
     ground.all_succeeded().await;

@@ -12,15 +12,20 @@ use plotters::prelude::*;
 
 use super::{
     LOADS, ROUNDS, SIZES,
+    plain::{CLIENTS, Plain},
     sample::{Load, ROUND, Summary},
 };
 
+/// Calls in flight for which there are goals.
+const IN_FLIGHT: usize = 64;
 const TARGETS: [(&str, f64); 3] = [("Load", 0.85), ("Store", 0.70), ("CompareAndSwap", 0.70)];
 
 /// All rows of a run.
 #[derive(Default)]
 pub struct Report {
     pub rows: Vec<Row>,
+    /// With values of the first size.
+    pub plain: Plain,
 }
 
 /// One call under one load: ours first, then the pass-through, then others.
@@ -92,7 +97,28 @@ impl Report {
             text += &row.markdown();
             text += "\n";
         }
-        text
+        text + &self.beside_plain()
+    }
+
+    /// Our throughput beside that of Redis by itself.
+    fn beside_plain(&self) -> String {
+        let ours = |case| {
+            let mut rows = self.rows.iter();
+            let row = rows.find(|row| {
+                row.case == case && row.alerts == SIZES[0] && row.load.in_flight() == IN_FLIGHT
+            });
+            row.expect("it is among the cases").sides[0]
+                .1
+                .calls_per_second
+        };
+        let Plain { set, get } = self.plain;
+        format!(
+            "\nPlain Redis by redis-benchmark with {CLIENTS} clients does {set:.0} SET/s and {get:.0} GET/s of values of {} alerts: \
+             `Store` at {IN_FLIGHT} in flight is {:.2} of the one, `Load` {:.2} of the other.\n",
+            SIZES[0],
+            ours("Store") / set,
+            ours("Load") / get,
+        )
     }
 
     /// Our throughput in parts of the pass-through, by calls in flight: a line for
