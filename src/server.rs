@@ -100,8 +100,8 @@ const OPEN_CALLS: usize = 4;
 const LEAST_OPEN_CALLS: usize = 16_384;
 
 /// So many connections wait to be accepted, or as many as the system allows
-/// (`net.core.somaxconn`). With the 1,024 of `TcpListener::bind`, the first message of an honest client was lost
-/// while thousands connected, and sent again a second later.
+/// (`net.core.somaxconn`). With the 1,024 of `TcpListener::bind`, the first message of an
+/// honest client was lost while thousands connected, and sent again a second later.
 const BACKLOG: u32 = 4_096;
 
 /// The time that replies get to leave after the last call.

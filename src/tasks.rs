@@ -4,10 +4,10 @@
 //! that under too high a load to be refused would take as long as to be served.
 //!
 //! Calls that are ready at the same time send together. Each wakes two tasks that write:
-//! that of fred with a command for Redis, that of its connection with a reply. tokio runs what was
-//! woken last before all others, so that every command and every reply would leave by
-//! itself, with a system call here and one at the other end. So the writer is made to wait
-//! for the calls that are ready: see [`Tasks::let_others_go_first`].
+//! that of fred with a command for Redis, that of its connection with a reply. tokio runs
+//! what was woken last before all others, so that every command and every reply would
+//! leave by itself, with a system call here and one at the other end. So the writer is
+//! made to wait for the calls that are ready: see [`Tasks::let_others_go_first`].
 
 use std::{
     future::poll_fn,
@@ -95,8 +95,9 @@ impl Tasks {
         .await;
     }
 
-    /// What has been woken just now goes behind the calls that are ready: tokio keeps one place
-    /// at the head of its queue, for the task that was woken last, and another one takes it.
+    /// What has been woken just now goes behind the calls that are ready: tokio keeps one
+    /// place at the head of its queue, for the task that was woken last, and another one
+    /// takes it.
     ///
     /// (To switch that place off, as `disable_lifo_slot` of tokio does where unstable
     /// features are on, is as good for many calls and costs a single one twice the
@@ -189,8 +190,8 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-    async fn a_single_call_waits_for_nobody() {
-        let together = tokio::spawn(sent_together(1)).await.unwrap();
-        assert_eq!(together, [1]);
+    async fn a_few_calls_wait_for_nobody() {
+        let together = tokio::spawn(sent_together(4)).await.unwrap();
+        assert_eq!(together, [1, 1, 1, 1]);
     }
 }
