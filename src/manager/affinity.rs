@@ -413,6 +413,37 @@ mod tests {
         }
     }
 
+    fn shared(target: &str, known: &str) -> Shared {
+        let settings = RemoteSettings::default();
+        let known = vec![known.parse().unwrap()];
+        let stores = stores_at(known, &settings, &BTreeMap::new()).unwrap();
+        Shared {
+            targets: vec![target.to_owned()],
+            settings,
+            stores: RwLock::new(Arc::new(stores)),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_name_that_leads_elsewhere_is_followed() {
+        let shared = shared("10.0.0.2:50051", "10.0.0.1:50051");
+        shared.resolve_again().await;
+        assert_eq!(
+            shared.stores().keys().collect::<Vec<_>>(),
+            ["10.0.0.2:50051"]
+        );
+    }
+
+    #[tokio::test]
+    async fn a_name_that_cannot_be_looked_up_leaves_the_instances_as_they_are() {
+        let shared = shared("name.invalid:50051", "10.0.0.1:50051");
+        shared.resolve_again().await;
+        assert_eq!(
+            shared.stores().keys().collect::<Vec<_>>(),
+            ["10.0.0.1:50051"]
+        );
+    }
+
     #[test]
     fn keys_are_spread_evenly() {
         let firsts = keys().map(|key| ranking(THREE, &key)[0]);
