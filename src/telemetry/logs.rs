@@ -195,49 +195,50 @@ impl<W: io::Write> io::Write for OneLine<W> {
 mod tests {
     use std::io::Write;
 
-    use tracing::{Level, enabled, subscriber::DefaultGuard};
+    use tracing::Level;
 
     use super::*;
 
-    /// A control of the log of this thread.
-    fn control(level: LogLevel) -> (Arc<LogControl>, DefaultGuard) {
+    /// A control, and its filter, which it needs to live.
+    fn control(level: LogLevel) -> (Arc<LogControl>, reload::Layer<Targets, Registry>) {
         let (control, filter) = LogControl::new(level);
-        let lines = fmt::layer().with_writer(io::sink).with_filter(filter);
-        let guard = Registry::default().with(lines).set_default();
-        (Arc::new(control), guard)
+        (Arc::new(control), filter)
     }
 
-    fn writes_debug() -> bool {
-        enabled!(target: "groupstate::grpc", Level::DEBUG)
+    /// The filter is asked, not `enabled!`: what that says is remembered for the
+    /// whole process, and wrong if two tests set their levels at once.
+    fn writes_debug(control: &LogControl) -> bool {
+        let writes = |targets: &Targets| targets.would_enable("groupstate::grpc", &Level::DEBUG);
+        control.filter.with_current(writes).unwrap()
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_verbose_level_is_forgotten_after_a_while() {
-        let (control, _log) = control(LogLevel::Warn);
-        assert!(!writes_debug());
+        let (control, _filter) = control(LogLevel::Warn);
+        assert!(!writes_debug(&control));
         assert_eq!(control.set(LogLevel::Debug), Some(LogLevel::Warn));
-        assert!(writes_debug());
+        assert!(writes_debug(&control));
         let almost = LogControl::VERBOSE_FOR - Duration::from_secs(1);
         tokio::time::sleep(almost).await;
         // Set again, it begins anew.
         assert_eq!(control.set(LogLevel::Trace), Some(LogLevel::Warn));
         tokio::time::sleep(almost).await;
         assert_eq!(control.level(), LogLevel::Trace);
-        assert!(writes_debug());
+        assert!(writes_debug(&control));
         tokio::time::sleep(Duration::from_secs(2)).await;
         assert_eq!(control.level(), LogLevel::Warn);
-        assert!(!writes_debug());
+        assert!(!writes_debug(&control));
     }
 
     #[tokio::test(start_paused = true)]
     async fn other_levels_and_the_configured_one_stay() {
-        let (control, _log) = control(LogLevel::Debug);
+        let (control, _filter) = control(LogLevel::Debug);
         control.set(LogLevel::Trace);
         for level in [LogLevel::Error, LogLevel::Info, LogLevel::Debug] {
             assert_eq!(control.set(level), None);
             tokio::time::sleep(LogControl::VERBOSE_FOR * 2).await;
             assert_eq!(control.level(), level);
-            assert_eq!(writes_debug(), level == LogLevel::Debug);
+            assert_eq!(writes_debug(&control), level == LogLevel::Debug);
         }
     }
 
