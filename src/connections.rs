@@ -37,6 +37,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     accept::{Newest, pause_after},
+    cork::Corked,
     grpc::{envelope::Envelope, services::Services},
     tasks::Tasks,
     telemetry::{self, ConnectionFailure, seldom},
@@ -285,20 +286,21 @@ impl Shared {
             answer
         });
         let http2 = http2(tasks.clone(), self.max_streams);
-        let connection = http2.serve_connection(TokioIo::new(io), service);
+        let io = Corked::new(io);
+        let connection = http2.serve_connection(TokioIo::new(io.clone()), service);
         let mut connection = pin!(connection);
         let served = async {
             tokio::select! {
-                result = &mut connection => return result,
+                result = &mut connection => return result.map_err(io::Error::other),
                 () = tokio::time::sleep(self.max_age.mul_f64(jitter())) => {}
                 () = self.closing.cancelled() => {}
             }
             // No more calls are taken; those that there are end in their own time.
             connection.as_mut().graceful_shutdown();
-            connection.await
+            connection.await.map_err(io::Error::other)
         };
         tokio::select! {
-            result = served => if let Err(error) = result {
+            result = io.turns(served) => if let Err(error) = result {
                 tracing::debug!(%peer, %error, "a connection failed");
             },
             // With all calls that there are on it.
@@ -363,8 +365,6 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Begun<IO> {
     }
 }
 
-/// Without vectored writes, so that h2 gathers replies of less than 1 KiB: with them it
-/// writes one at a time whatever has 256 bytes.
 impl<IO: AsyncWrite + Unpin> AsyncWrite for Begun<IO> {
     fn poll_write(
         mut self: Pin<&mut Self>,

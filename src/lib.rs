@@ -10,6 +10,7 @@
 //! | [`reload`] | what is read from files and read again when they change |
 //! | [`server`] | puts the parts together; start and graceful stop |
 //! | [`connections`] | the connections of clients |
+//! | [`cork`] | what a connection writes leaves together |
 //! | [`tasks`] | the tasks of calls |
 //! | [`tls`] | TLS of the gRPC port |
 //! | [`admin`] | the HTTP port: probes, health, metrics |
@@ -28,6 +29,7 @@ pub mod admin;
 pub mod auth;
 pub mod config;
 pub mod connections;
+pub mod cork;
 pub mod document;
 #[cfg(fuzzing)]
 #[doc(hidden)]

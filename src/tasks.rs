@@ -1,26 +1,32 @@
-//! The tasks in which calls run: which call gets one, and what goes before it.
+//! The tasks in which calls run: which call gets one, when, and what goes before it.
 //!
-//! A call that is answered already gets none. A new task stands behind all others, so
-//! that under too high a load to be refused would take as long as to be served.
+//! tokio takes tasks in the order in which they came, those of connections among those of
+//! calls. It is connections that read requests, refuse them and write replies. So
 //!
-//! Calls that are ready at the same time send together. Each wakes two tasks that write:
-//! that of fred with a command for Redis, that of its connection with a reply. tokio runs
-//! what was woken last before all others, so that every command and every reply would
-//! leave by itself, with a system call here and one at the other end. So the writer is
-//! made to wait for the calls that are ready: see [`Tasks::let_others_go_first`].
+//! - a call that is answered already gets no task: to be refused would take as long as to
+//!   be served;
+//! - calls wait in a [`Line`] of their own, and only as many leave it as begin within a
+//!   millisecond: however many there are, it is soon a connection's turn;
+//! - calls that are ready at the same time send together. Each wakes two tasks that write:
+//!   that of fred with a command for Redis, that of its connection with a reply. tokio runs
+//!   what was woken last before all others, so that every command and every reply would
+//!   leave by itself, with a system call here and one at the other end. So the writer is
+//!   made to wait for the calls that are ready: see [`Tasks::let_others_go_first`].
 
 use std::{
+    collections::VecDeque,
+    fmt,
     future::poll_fn,
-    ops::RangeInclusive,
     pin::pin,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Waker},
+    time::{Duration, Instant},
 };
 
-use futures::future::Either;
+use futures::future::{BoxFuture, Either};
 use hyper::rt::Executor;
 use tokio::sync::Notify;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
@@ -39,17 +45,33 @@ pub struct Tasks {
 #[derive(Debug)]
 struct Shared {
     running: TaskTracker,
+    line: Mutex<Line<BoxFuture<'static, ()>>>,
     stand_in: Arc<Notify>,
     /// Does nothing, whenever it is woken.
     _stand_in: AbortOnDropHandle<()>,
 }
 
+/// The calls that have not begun, in the order in which they came.
+struct Line<Call> {
+    /// Without a task.
+    waiting: VecDeque<Call>,
+    /// With a task, which stands in the queue of tokio.
+    admitted: usize,
+    /// How long the first turn of a call takes: until it waits for something, or is over.
+    first_turn: Duration,
+}
+
+/// A call in its first turn.
+struct FirstTurn<'a> {
+    tasks: &'a Tasks,
+    begin: Instant,
+}
+
 // === impl Tasks ===
 
 impl Tasks {
-    /// With fewer calls, to wait for others is to wait for nothing. With more, it takes too
-    /// long: what writes replies is also what reads and refuses requests.
-    const WORTH_WAITING: RangeInclusive<usize> = 5..=128;
+    /// Calls that send together; with fewer, to wait for others is to wait for nothing.
+    const WORTH_WAITING: usize = 5;
 
     /// For all connections. Needs a runtime.
     pub fn start() -> Self {
@@ -64,6 +86,7 @@ impl Tasks {
             answered: Arc::default(),
             shared: Arc::new(Shared {
                 running: TaskTracker::new(),
+                line: Mutex::new(Line::new()),
                 stand_in,
                 _stand_in: AbortOnDropHandle::new(task),
             }),
@@ -84,11 +107,18 @@ impl Tasks {
         self.answered.store(answered, Ordering::Relaxed);
     }
 
+    fn line(&self) -> MutexGuard<'_, Line<BoxFuture<'static, ()>>> {
+        let line = &self.shared.line;
+        line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn run(self, call: impl Future<Output = ()>) {
         let _running = self.shared.running.token();
+        let mut first_turn = Some(FirstTurn::begin(&self));
         let mut call = pin!(call);
         poll_fn(|context| {
             let polled = call.as_mut().poll(context);
+            first_turn = None;
             self.let_others_go_first();
             polled
         })
@@ -103,7 +133,7 @@ impl Tasks {
     /// features are on, is as good for many calls and costs a single one twice the
     /// processor time: what it wakes is taken over by another thread each time.)
     fn let_others_go_first(&self) {
-        if Self::WORTH_WAITING.contains(&self.shared.running.len()) {
+        if self.shared.running.len() >= Self::WORTH_WAITING {
             self.shared.stand_in.notify_one();
         }
     }
@@ -112,7 +142,13 @@ impl Tasks {
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Tasks {
     fn execute(&self, call: F) {
         if !self.answered.swap(false, Ordering::Relaxed) {
-            tokio::spawn(self.clone().run(call));
+            let mut line = self.line();
+            if line.admits() {
+                drop(line);
+                tokio::spawn(self.clone().run(call));
+            } else {
+                line.waiting.push_back(Box::pin(call));
+            }
             return;
         }
         let mut call = Box::pin(call);
@@ -123,9 +159,87 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Tasks {
     }
 }
 
+// === impl Line ===
+
+impl<Call> Line<Call> {
+    /// Calls that begin within this time are admitted together. It is what a connection
+    /// waits for its turn.
+    const TOGETHER: Duration = Duration::from_millis(1);
+    /// What is admitted together, however short its turns.
+    const MAX_ADMITTED: usize = 128;
+    /// Until something is known. Most calls need a tenth of it.
+    const FIRST_TURN: Duration = Duration::from_micros(100);
+
+    fn new() -> Self {
+        Self {
+            waiting: VecDeque::new(),
+            admitted: 0,
+            first_turn: Self::FIRST_TURN,
+        }
+    }
+
+    /// Admits a call, if it is its time.
+    fn admits(&mut self) -> bool {
+        let most = Self::TOGETHER.div_duration_f64(self.first_turn) as usize;
+        let admits = self.admitted < most.clamp(1, Self::MAX_ADMITTED);
+        self.admitted += usize::from(admits);
+        admits
+    }
+
+    /// The next one, if it is its time.
+    fn next(&mut self) -> Option<Call> {
+        if self.waiting.is_empty() || !self.admits() {
+            return None;
+        }
+        self.waiting.pop_front()
+    }
+
+    /// A call that was admitted had its first turn.
+    fn had_first_turn(&mut self, took: Duration) {
+        self.admitted -= 1;
+        self.first_turn = (self.first_turn * 7 + took) / 8;
+    }
+}
+
+impl<Call> fmt::Debug for Line<Call> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Line")
+            .field("waiting", &self.waiting.len())
+            .field("admitted", &self.admitted)
+            .field("first_turn", &self.first_turn)
+            .finish()
+    }
+}
+
+// === impl FirstTurn ===
+
+impl<'a> FirstTurn<'a> {
+    fn begin(tasks: &'a Tasks) -> Self {
+        let begin = Instant::now();
+        Self { tasks, begin }
+    }
+}
+
+/// On drop, so that a call that panics does not keep its place.
+impl Drop for FirstTurn<'_> {
+    fn drop(&mut self) {
+        let took = self.begin.elapsed();
+        let mut line = self.tasks.line();
+        line.had_first_turn(took);
+        while let Some(call) = line.next() {
+            tokio::spawn(self.tasks.clone().run(call));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::future::{pending, ready};
+    use std::{
+        future::{pending, ready},
+        sync::atomic::AtomicUsize,
+        task::Poll,
+        thread,
+    };
 
     use tokio::sync::mpsc;
 
@@ -193,5 +307,96 @@ mod tests {
     async fn a_few_calls_wait_for_nobody() {
         let together = tokio::spawn(sent_together(4)).await.unwrap();
         assert_eq!(together, [1, 1, 1, 1]);
+    }
+
+    /// Calls for which there is no task are admitted as others begin, in their order.
+    #[test]
+    fn so_many_calls_are_admitted_as_begin_within_a_while() {
+        for (first_turn, most) in [
+            (Duration::ZERO, 128),
+            (Duration::from_micros(1), 128),
+            (Duration::from_micros(50), 20),
+            (Duration::from_micros(900), 1),
+            (Duration::from_secs(1), 1),
+        ] {
+            let mut line = Line::new();
+            line.first_turn = first_turn;
+            let admitted = (0..1_000).take_while(|_| line.admits()).count();
+            assert_eq!(admitted, most, "{first_turn:?}");
+
+            line.waiting.extend(0..1_000);
+            assert_eq!(line.next(), None);
+            for call in 0..1_000 {
+                line.had_first_turn(first_turn);
+                assert_eq!(line.next(), Some(call));
+                assert_eq!(line.next(), None);
+            }
+            for _ in 0..most {
+                line.had_first_turn(first_turn);
+                assert_eq!(line.next(), None, "nobody waits any more");
+            }
+            assert_eq!(line.admitted, 0);
+        }
+    }
+
+    #[test]
+    fn turns_that_become_long_let_fewer_calls_in_and_short_ones_more() {
+        let mut line = Line::<()>::new();
+        for (took, most) in [(2_000, 1), (10, 100), (2_000, 1)] {
+            for _ in 0..100 {
+                line.admitted += 1;
+                line.had_first_turn(Duration::from_micros(took));
+            }
+            let admitted = (0..1_000).take_while(|_| line.admits()).count();
+            assert!(admitted.abs_diff(most) <= 5, "{took} us: {admitted}");
+            line.admitted = 0;
+        }
+    }
+
+    /// Waits for a turn, but not, as tokio's does, for what has come in meanwhile.
+    async fn next_turn() {
+        let mut has_waited = false;
+        poll_fn(|context| {
+            if has_waited {
+                return Poll::Ready(());
+            }
+            has_waited = true;
+            context.waker().wake_by_ref();
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// The calls that end between two turns of a task that is always ready, at most.
+    async fn ended_in_a_row(calls: usize, call: impl Fn() + Clone + Send + 'static) -> usize {
+        let ended = Arc::<AtomicUsize>::default();
+        let tasks = Tasks::start();
+        for _ in 0..calls {
+            let (call, ended) = (call.clone(), ended.clone());
+            tasks.execute(async move {
+                ended.fetch_add(1, Ordering::Relaxed);
+                call();
+            });
+        }
+        let (mut most, mut before) = (0, 0);
+        while before < calls {
+            next_turn().await;
+            let now = ended.load(Ordering::Relaxed);
+            most = most.max(now - before);
+            before = now;
+        }
+        most
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn a_connection_has_its_turn_soon_among_long_calls() {
+        let long = || thread::sleep(Duration::from_millis(1));
+        let in_a_row = tokio::spawn(ended_in_a_row(100, long)).await.unwrap();
+        assert!(in_a_row < 20, "{in_a_row}");
+    }
+
+    #[tokio::test]
+    async fn a_call_that_panics_keeps_no_place() {
+        ended_in_a_row(1_000, || panic!("a call that panics")).await;
     }
 }
