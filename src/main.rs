@@ -18,8 +18,9 @@ use tokio::{
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// So many tasks of a thread go first before it looks for what has come in, and for tasks
-/// that it shares with the others. At ordinary times tokio's own numbers (61) are as good.
-/// Under a load that is too high they let what should be refused wait for seconds.
+/// that it shares with the others. With tokio's own number, 61, a call that is refused under
+/// four times the load that can be borne hears so after 40 ms instead of 6, and two cores do
+/// 4 % more `Store`s.
 const TURN: u32 = 2;
 
 fn main() -> ExitCode {
