@@ -45,8 +45,6 @@ const LOADS: [Load; 4] = [
     Load::new(4, 16),
     Load::new(4, 128),
 ];
-/// Calls in flight of groups that are larger than the first size.
-const LOADS_OF_LARGE: [usize; 2] = [8, 64];
 /// Alerts in a group: documents of about 1, 9 and 90 KB.
 const SIZES: [usize; 3] = [2, 20, 200];
 /// Groups: one for each call in flight, of which h2load uses the first.
@@ -93,9 +91,7 @@ async fn main() {
         let document = ground.fill(alerts).await;
         let mut cases = Vec::new();
         for load in LOADS {
-            if alerts == SIZES[0] || LOADS_OF_LARGE.contains(&load.in_flight()) {
-                cases.extend(ground.cases(alerts, document).map(|case| (case, load)));
-            }
+            cases.extend(ground.cases(alerts, document).map(|case| (case, load)));
         }
         if alerts == SIZES[0] {
             cases.extend(
