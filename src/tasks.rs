@@ -5,8 +5,8 @@
 //!
 //! - a call that is answered already gets no task: to be refused would take as long as to
 //!   be served;
-//! - calls wait in a [`Line`] of their own, and only as many leave it as begin within a
-//!   millisecond: however many there are, it is soon a connection's turn;
+//! - calls wait in a [`Line`] of their own, and only as many leave it as the threads begin
+//!   within a millisecond: however many there are, it is soon a connection's turn;
 //! - calls that are ready at the same time send together. Each wakes two tasks that write:
 //!   that of fred with a command for Redis, that of its connection with a reply. tokio runs
 //!   what was woken last before all others, so that every command and every reply would
@@ -28,7 +28,7 @@ use std::{
 
 use futures::future::{BoxFuture, Either};
 use hyper::rt::Executor;
-use tokio::sync::Notify;
+use tokio::{runtime::Handle, sync::Notify};
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::grpc::envelope::Answer;
@@ -55,10 +55,12 @@ struct Shared {
 struct Line<Call> {
     /// Without a task.
     waiting: VecDeque<Call>,
-    /// With a task, which stands in the queue of tokio.
+    /// With a task, which stands in the queue of tokio or has its first turn.
     admitted: usize,
     /// How long the first turn of a call takes: until it waits for something, or is over.
     first_turn: Duration,
+    /// That run tasks.
+    threads: usize,
 }
 
 /// A call in its first turn.
@@ -86,7 +88,7 @@ impl Tasks {
             answered: Arc::default(),
             shared: Arc::new(Shared {
                 running: TaskTracker::new(),
-                line: Mutex::new(Line::new()),
+                line: Mutex::new(Line::new(Handle::current().metrics().num_workers())),
                 stand_in,
                 _stand_in: AbortOnDropHandle::new(task),
             }),
@@ -162,26 +164,29 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Tasks {
 // === impl Line ===
 
 impl<Call> Line<Call> {
-    /// Calls that begin within this time are admitted together. It is what a connection
-    /// waits for its turn.
+    /// A thread is given as many calls as it begins within this time, for which a
+    /// connection then has to wait.
     const TOGETHER: Duration = Duration::from_millis(1);
-    /// What is admitted together, however short its turns.
-    const MAX_ADMITTED: usize = 128;
+    /// What it is given at most, however short their turns.
+    const MAX_TOGETHER: usize = 64;
     /// Until something is known. Most calls need a tenth of it.
     const FIRST_TURN: Duration = Duration::from_micros(100);
 
-    fn new() -> Self {
+    fn new(threads: usize) -> Self {
         Self {
             waiting: VecDeque::new(),
             admitted: 0,
             first_turn: Self::FIRST_TURN,
+            threads,
         }
     }
 
     /// Admits a call, if it is its time.
     fn admits(&mut self) -> bool {
-        let most = Self::TOGETHER.div_duration_f64(self.first_turn) as usize;
-        let admits = self.admitted < most.clamp(1, Self::MAX_ADMITTED);
+        let together = Self::TOGETHER.div_duration_f64(self.first_turn) as usize;
+        // And one that it has begun: a thread is not to wait for the next.
+        let of_a_thread = 1 + together.clamp(1, Self::MAX_TOGETHER);
+        let admits = self.admitted < self.threads * of_a_thread;
         self.admitted += usize::from(admits);
         admits
     }
@@ -312,17 +317,19 @@ mod tests {
     /// Calls for which there is no task are admitted as others begin, in their order.
     #[test]
     fn so_many_calls_are_admitted_as_begin_within_a_while() {
-        for (first_turn, most) in [
-            (Duration::ZERO, 128),
-            (Duration::from_micros(1), 128),
-            (Duration::from_micros(50), 20),
-            (Duration::from_micros(900), 1),
-            (Duration::from_secs(1), 1),
+        for (threads, first_turn, most) in [
+            (1, Duration::ZERO, 65),
+            (1, Duration::from_micros(1), 65),
+            (1, Duration::from_micros(50), 21),
+            (1, Duration::from_micros(900), 2),
+            (1, Duration::from_secs(1), 2),
+            (8, Duration::from_micros(50), 168),
+            (8, Duration::from_secs(1), 16),
         ] {
-            let mut line = Line::new();
+            let mut line = Line::new(threads);
             line.first_turn = first_turn;
             let admitted = (0..1_000).take_while(|_| line.admits()).count();
-            assert_eq!(admitted, most, "{first_turn:?}");
+            assert_eq!(admitted, most, "{threads}, {first_turn:?}");
 
             line.waiting.extend(0..1_000);
             assert_eq!(line.next(), None);
@@ -341,8 +348,8 @@ mod tests {
 
     #[test]
     fn turns_that_become_long_let_fewer_calls_in_and_short_ones_more() {
-        let mut line = Line::<()>::new();
-        for (took, most) in [(2_000, 1), (10, 100), (2_000, 1)] {
+        let mut line = Line::<()>::new(1);
+        for (took, most) in [(2_000, 2), (20, 50), (2_000, 2)] {
             for _ in 0..100 {
                 line.admitted += 1;
                 line.had_first_turn(Duration::from_micros(took));
