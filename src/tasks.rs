@@ -402,6 +402,25 @@ mod tests {
         assert!(in_a_row < 20, "{in_a_row}");
     }
 
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn long_calls_keep_all_threads_busy() {
+        let (begun, running, most) = <(AtomicUsize, AtomicUsize, Arc<AtomicUsize>)>::default();
+        let at_once = most.clone();
+        let counts = Arc::new((begun, running));
+        let long = move || {
+            let (begun, running) = &*counts;
+            let with_this = running.fetch_add(1, Ordering::Relaxed) + 1;
+            // By then it is known that they are long.
+            if begun.fetch_add(1, Ordering::Relaxed) > 20 {
+                most.fetch_max(with_this, Ordering::Relaxed);
+            }
+            thread::sleep(Duration::from_millis(20));
+            running.fetch_sub(1, Ordering::Relaxed);
+        };
+        ended_in_a_row(60, long).await;
+        assert!(at_once.load(Ordering::Relaxed) > 2);
+    }
+
     #[tokio::test]
     async fn a_call_that_panics_keeps_no_place() {
         ended_in_a_row(1_000, || panic!("a call that panics")).await;

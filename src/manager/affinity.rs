@@ -413,35 +413,30 @@ mod tests {
         }
     }
 
-    fn shared(target: &str, known: &str) -> Shared {
+    /// The instances of a target once it was looked up, of which 10.0.0.1 was known.
+    async fn instances_after_looking_up(target: &str) -> Vec<String> {
         let settings = RemoteSettings::default();
-        let known = vec![known.parse().unwrap()];
+        let known = vec!["10.0.0.1:50051".parse().unwrap()];
         let stores = stores_at(known, &settings, &BTreeMap::new()).unwrap();
-        Shared {
+        let shared = Shared {
             targets: vec![target.to_owned()],
             settings,
             stores: RwLock::new(Arc::new(stores)),
-        }
+        };
+        shared.resolve_again().await;
+        shared.stores().keys().map(ToString::to_string).collect()
     }
 
     #[tokio::test]
     async fn a_name_that_leads_elsewhere_is_followed() {
-        let shared = shared("10.0.0.2:50051", "10.0.0.1:50051");
-        shared.resolve_again().await;
-        assert_eq!(
-            shared.stores().keys().collect::<Vec<_>>(),
-            ["10.0.0.2:50051"]
-        );
+        let instances = instances_after_looking_up("10.0.0.2:50051").await;
+        assert_eq!(instances, ["10.0.0.2:50051"]);
     }
 
     #[tokio::test]
     async fn a_name_that_cannot_be_looked_up_leaves_the_instances_as_they_are() {
-        let shared = shared("name.invalid:50051", "10.0.0.1:50051");
-        shared.resolve_again().await;
-        assert_eq!(
-            shared.stores().keys().collect::<Vec<_>>(),
-            ["10.0.0.1:50051"]
-        );
+        let instances = instances_after_looking_up("name.invalid:50051").await;
+        assert_eq!(instances, ["10.0.0.1:50051"]);
     }
 
     #[test]
