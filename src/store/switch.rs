@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     group::Time,
-    telemetry::{self, SwitchState},
+    telemetry::{self, Seldom, SwitchState},
 };
 
 /// What becomes of groups that were written while Redis was down.
@@ -38,6 +38,8 @@ struct Inner {
     breaker: Breaker,
     /// Whether the log says that memory answers.
     announced: bool,
+    /// Why Redis is not used, as the log has said it last.
+    told: String,
 }
 
 /// What the switch shows to others.
@@ -74,6 +76,7 @@ impl Switch {
             inner: Mutex::new(Inner {
                 breaker,
                 announced: false,
+                told: String::new(),
             }),
             memory,
             on_recovery,
@@ -171,6 +174,7 @@ impl Switch {
         self.publish(&inner, "");
         if inner.announced {
             inner.announced = false;
+            inner.told.clear();
             telemetry::switched_to_redis();
             let to_carry = dirty - dirty.min(discarded);
             tracing::info!(
@@ -199,6 +203,7 @@ impl Switch {
         let mut inner = self.lock();
         inner.breaker.probe_fails(rand::random(), Instant::now());
         self.publish(&inner, reason);
+        inner.tell(reason);
     }
 
     fn publish(&self, inner: &Inner, reason: &str) {
@@ -225,9 +230,20 @@ impl Switch {
 // === impl Inner ===
 
 impl Inner {
+    /// Writes why Redis is still not used when that is another reason than before.
+    /// What is left out now is written with the next probe, if it is still so.
+    fn tell(&mut self, reason: &str) {
+        static LAST: Seldom = Seldom::new();
+        if self.announced && self.told != reason && LAST.due(std::time::Instant::now()).is_some() {
+            reason.clone_into(&mut self.told);
+            tracing::warn!(reason, "Redis is still not used");
+        }
+    }
+
     fn announce(&mut self, reason: &str) {
         if !std::mem::replace(&mut self.announced, true) {
             telemetry::switched_to_memory();
+            reason.clone_into(&mut self.told);
             tracing::warn!(reason, "Switched to in-memory storage due to Redis failure");
         }
     }

@@ -5,9 +5,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// When an event was last written at its own level. See [`seldom!`].
+/// When an event was last written at its own level, and how many were not since
+/// then. See [`seldom!`].
 #[derive(Debug, Default)]
-pub struct Seldom(Mutex<Option<Instant>>);
+pub struct Seldom(Mutex<Last>);
+
+#[derive(Debug, Default)]
+struct Last {
+    at: Option<Instant>,
+    left_out: u64,
+}
 
 // === impl Seldom ===
 
@@ -16,30 +23,37 @@ impl Seldom {
     pub const PAUSE: Duration = Duration::from_secs(1);
 
     pub const fn new() -> Self {
-        Self(Mutex::new(None))
+        Self(Mutex::new(Last {
+            at: None,
+            left_out: 0,
+        }))
     }
 
-    /// Whether it is time for another one at `now`.
-    pub fn is_due(&self, now: Instant) -> bool {
+    /// If it is time for another one at `now`: how many were left out before it.
+    pub fn due(&self, now: Instant) -> Option<u64> {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = last.is_none_or(|last| now.saturating_duration_since(last) >= Self::PAUSE);
-        if due {
-            *last = Some(now);
+        let due = last
+            .at
+            .is_none_or(|at| now.saturating_duration_since(at) >= Self::PAUSE);
+        if !due {
+            last.left_out += 1;
+            return None;
         }
-        due
+        last.at = Some(now);
+        Some(std::mem::take(&mut last.left_out))
     }
 }
 
-/// Writes an event that clients can cause, `seldom!(warn, fields…, "text")`: at
-/// the level at most once in [`Seldom::PAUSE`] for this line of code, otherwise at
-/// DEBUG.
+/// Writes an event that others can cause, `seldom!(warn, fields…, "text")`: at the
+/// level at most once in [`Seldom::PAUSE`] for this line of code, with the number of
+/// those before it that were `left_out`; otherwise at DEBUG.
 macro_rules! seldom {
     ($level:ident, $($event:tt)+) => {{
         static LAST: $crate::telemetry::Seldom = $crate::telemetry::Seldom::new();
-        if LAST.is_due(::std::time::Instant::now()) {
-            ::tracing::$level!($($event)+);
-        } else {
-            ::tracing::debug!($($event)+);
+        match LAST.due(::std::time::Instant::now()) {
+            Some(0) => ::tracing::$level!($($event)+),
+            Some(left_out) => ::tracing::$level!(left_out, $($event)+),
+            None => ::tracing::debug!($($event)+),
         }
     }};
 }
@@ -50,13 +64,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_in_a_while_is_due() {
+    fn one_in_a_while_is_due_and_says_how_many_were_not() {
         let (seldom, start) = (Seldom::new(), Instant::now());
         let almost = Seldom::PAUSE - Duration::from_millis(1);
-        assert!(seldom.is_due(start));
-        assert!(!seldom.is_due(start));
-        assert!(!seldom.is_due(start + almost));
-        assert!(seldom.is_due(start + Seldom::PAUSE));
-        assert!(!seldom.is_due(start + Seldom::PAUSE + almost));
+        assert_eq!(seldom.due(start), Some(0));
+        assert_eq!(seldom.due(start), None);
+        assert_eq!(seldom.due(start + almost), None);
+        assert_eq!(seldom.due(start + Seldom::PAUSE), Some(2));
+        assert_eq!(seldom.due(start + Seldom::PAUSE + almost), None);
+        assert_eq!(seldom.due(start + Seldom::PAUSE * 2), Some(1));
     }
 }
