@@ -20,7 +20,7 @@ use crate::{
     grpc::validation::MIN_TTL,
     reload::{Opened, Watched, Watcher},
     store::{
-        redis::{RedisFiles, RedisSettings},
+        redis::{RedisFiles, RedisLimits, RedisSettings},
         switch::OnRecovery,
     },
     telemetry::FileSetting,
@@ -66,12 +66,20 @@ pub struct Settings {
     )]
     pub redis_url: Option<String>,
 
-    /// Connections to Redis.
+    /// Connections to Redis for calls on small groups. There are three more, to each primary:
+    /// for PINGs, for large groups and listings, and for what the service does by itself.
     #[arg(long, env = "GROUPSTATE_REDIS_POOL_SIZE", value_name = "COUNT", default_value_t = 2,
           value_parser = clap::value_parser!(u16).range(1..=256))]
     pub redis_pool_size: u16,
 
-    /// Time that one Redis command gets at most; 1ms to 1m.
+    /// Bytes of documents larger than 16 KiB that are on their way to or from Redis at once.
+    /// What comes on top waits, in turn for each connection of a client.
+    #[arg(long, env = "GROUPSTATE_REDIS_MAX_BULK_BYTES", value_name = "SIZE",
+          default_value = "16MiB", value_parser = size)]
+    pub redis_max_bulk_bytes: usize,
+
+    /// Time that one Redis command gets at most; 1ms to 1m. Each MiB of a document larger than
+    /// 16 KiB adds a second.
     #[arg(long, env = "GROUPSTATE_REDIS_TIMEOUT", value_name = "DURATION", default_value = "250ms",
           value_parser = redis_timeout)]
     pub redis_timeout: Duration,
@@ -452,8 +460,12 @@ impl Settings {
             authorities,
             identity,
         };
-        let pool_size = usize::from(self.redis_pool_size);
-        let mut redis = RedisSettings::new(url, files, pool_size, self.redis_timeout)
+        let limits = RedisLimits {
+            pool_size: usize::from(self.redis_pool_size),
+            timeout: self.redis_timeout,
+            max_bulk_bytes: self.redis_max_bulk_bytes,
+        };
+        let mut redis = RedisSettings::new(url, files, limits)
             .map_err(|error| format!("--redis-url: {error}"))?;
         if let Some(username) = &self.redis_username {
             redis.set_username(username.clone());

@@ -196,6 +196,11 @@ impl Client {
     /// into.
     const REPLY_COSTS: usize = 2;
 
+    /// Tells this connection from all others.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
     /// A call has arrived.
     pub fn open_call(self: &Arc<Self>) -> Wait {
         self.calls.fetch_add(1, Relaxed);

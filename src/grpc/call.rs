@@ -18,7 +18,7 @@ use tracing::{Level, enabled};
 
 use super::{proto::group_state_service_server::SERVICE_NAME, status::CallError};
 use crate::{
-    store::{Backend, Deadline},
+    store::{Backend, Deadline, caller::Caller},
     telemetry::{self, CallEnd, CallResult, CallSpan, Operation, seldom},
     waits::Client,
 };
@@ -128,6 +128,12 @@ impl CallContext {
     /// Whom it comes from, where that is known.
     pub fn client(&self) -> Option<&Arc<Client>> {
         self.0.client.as_ref()
+    }
+
+    /// For whom the work is done.
+    pub fn caller(&self) -> Caller {
+        let connection = self.client().map_or(0, |client| client.id());
+        Caller::connection(connection)
     }
 
     /// Whether it is a call of our service, not of health, reflection or nobody.

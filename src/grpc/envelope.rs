@@ -173,7 +173,8 @@ where
                 };
                 let mut request = Request::from_parts(parts, body);
                 request.extensions_mut().insert(context.clone());
-                let handled = context.work(inner.oneshot(request));
+                let handled = context.caller().makes(inner.oneshot(request));
+                let handled = context.work(handled);
                 let handled = AssertUnwindSafe(handled).catch_unwind();
                 handled.await.map_err(|_panic| {
                     context.panicked();

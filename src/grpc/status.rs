@@ -254,6 +254,7 @@ impl From<StoreError> for CallError {
             ErrorKind::DeadlineExceeded => (Code::DeadlineExceeded, ErrorReason::DeadlineExceeded),
             ErrorKind::Overloaded => (Code::ResourceExhausted, ErrorReason::Overloaded),
             ErrorKind::MemoryFull => (Code::ResourceExhausted, ErrorReason::MemoryFull),
+            ErrorKind::CommandRefused => (Code::FailedPrecondition, ErrorReason::CommandRefused),
             ErrorKind::Unauthenticated => (Code::Unauthenticated, ErrorReason::Unauthenticated),
             ErrorKind::Unavailable => (Code::Unavailable, ErrorReason::Unavailable),
             ErrorKind::Bug => {
@@ -273,10 +274,14 @@ impl From<StoreError> for CallError {
         if waiting_helps {
             call_error.retry_after = Some(Self::RETRY_AFTER);
         }
-        if let StoreError::MemoryFull { .. } = error {
-            let limit = ("limit", "mirror-max-bytes".into());
-            call_error.metadata.push(limit);
-        }
+        let limit = match error {
+            StoreError::MemoryFull { .. } => Some("mirror-max-bytes"),
+            StoreError::StoredValueTooLarge { .. } => Some("max-document-bytes"),
+            StoreError::TooMuchAtOnce { .. } => Some("redis-max-bulk-bytes"),
+            _ => None,
+        };
+        let limit = limit.map(|limit| ("limit", limit.into()));
+        call_error.metadata.extend(limit);
         call_error
     }
 }
@@ -298,6 +303,7 @@ pub fn kind_of(reason: ErrorReason) -> ErrorKind {
         ErrorReason::Overloaded => ErrorKind::Overloaded,
         ErrorReason::MemoryFull => ErrorKind::MemoryFull,
         ErrorReason::Unauthenticated => ErrorKind::Unauthenticated,
+        ErrorReason::CommandRefused => ErrorKind::CommandRefused,
         ErrorReason::Unavailable => ErrorKind::Unavailable,
         // An absent group is an answer, of which no store makes an error.
         ErrorReason::GroupNotFound | ErrorReason::Internal | ErrorReason::Unspecified => {
@@ -332,7 +338,7 @@ fn result_of(reason: ErrorReason) -> CallResult {
         ErrorReason::Overloaded | ErrorReason::MemoryFull => CallResult::Shed,
         // Clients cancel a call when its deadline passes.
         ErrorReason::DeadlineExceeded | ErrorReason::Cancelled => CallResult::Deadline,
-        ErrorReason::Unavailable => CallResult::Unavailable,
+        ErrorReason::Unavailable | ErrorReason::CommandRefused => CallResult::Unavailable,
         ErrorReason::OutcomeUnknown => CallResult::UnknownOutcome,
         ErrorReason::Internal | ErrorReason::Unspecified => CallResult::Error,
     }
@@ -387,6 +393,7 @@ mod tests {
             ("UNIMPLEMENTED", "invalid"),
             ("INTERNAL", "error"),
             ("CANCELLED", "deadline"),
+            ("COMMAND_REFUSED", "unavailable"),
         ];
         let reasons = (0..).map_while(|number| ErrorReason::try_from(number).ok());
         let actual: Vec<_> = reasons

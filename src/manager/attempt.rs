@@ -115,6 +115,7 @@ pub fn is_worth_another(error: &StoreError) -> bool {
         | ErrorKind::ForeignType
         | ErrorKind::VersionOutOfRange
         | ErrorKind::MemoryFull
+        | ErrorKind::CommandRefused
         | ErrorKind::Unauthenticated
         | ErrorKind::Bug => false,
     }

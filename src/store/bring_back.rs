@@ -59,7 +59,7 @@ impl BringBack {
             carrier: Arc::new(Carrier::new(redis.clone(), memory.clone(), instance)),
             again: Notify::new(),
             filled: AtomicU64::new(u64::MAX),
-            redis,
+            redis: redis.for_repair(),
             memory,
             switch,
         }

@@ -271,7 +271,7 @@ impl Failover {
         time: &mut CallTime,
     ) -> bool {
         time.was_held_up = true;
-        let read = self.redis.read_document(key, false, time.deadline());
+        let read = self.redis.read_document(key, false, 0, time.deadline());
         // What fails here fails again when it is written.
         let absent = matches!(self.ask(turn.period, time, read).await, Ok(None));
         absent && self.has_lost(key, None, turn, time).await
@@ -324,15 +324,21 @@ impl Failover {
         with_expiry: bool,
         deadline: Deadline,
     ) -> Result<(Option<StoredDocument>, bool), NotDone> {
-        let known = self.memory.known_version(key);
-        if !with_expiry && known.is_some() {
-            let found = self.redis.read_document(key, false, deadline).await?;
-            let version = found.as_ref().map(|found| found.document.version());
+        let known = self.memory.known(key);
+        let bytes = known.map_or(0, |(_, bytes)| bytes);
+        if let Some((known, _)) = known
+            && !with_expiry
+        {
+            let found = self
+                .redis
+                .read_document(key, false, bytes, deadline)
+                .await?;
+            let version = version_of(found.as_ref());
             if found.is_none() || version == Some(known) {
                 return Ok((found, false));
             }
         }
-        let found = self.redis.read_document(key, true, deadline).await?;
+        let found = self.redis.read_document(key, true, bytes, deadline).await?;
         Ok((found, true))
     }
 

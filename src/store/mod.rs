@@ -11,12 +11,14 @@
 //! | [`failover`] | Redis with memory behind it, as one store |
 //! | [`switch`], [`breaker`] | who answers; the state machine alone |
 //! | [`recovery`] | the watch over Redis |
+//! | [`caller`] | for whom a call is made |
 //! | [`bring_back`], [`reconcile`] | what goes on when it is back; what becomes of one key |
 //! | [`redis`], [`memory`] | the two stores |
 //! | [`page_token`] | where a listing goes on |
 
 pub mod breaker;
 pub mod bring_back;
+pub mod caller;
 pub mod documents;
 pub mod failover;
 pub mod memory;
@@ -175,7 +177,7 @@ pub enum StoreError {
     DocumentTooLarge { bytes: usize, limit: usize },
     /// The stored value is larger than the limit and was not read.
     #[error(
-        "the stored value takes {bytes} bytes, over --max-document-bytes {limit}; read it with Load or raise the limit"
+        "the stored value takes {bytes} bytes, over --max-document-bytes {limit}; raise the limit, or replace it with Store or remove it with Delete without expected_version"
     )]
     StoredValueTooLarge { bytes: usize, limit: usize },
     /// A stored key that is not a group key: the reason why.
@@ -189,6 +191,14 @@ pub enum StoreError {
         "the memory store holds --mirror-max-bytes {limit}; delete groups, wait until some expire, or raise the limit"
     )]
     MemoryFull { limit: usize },
+    /// Large documents wait for their turn.
+    #[error(
+        "documents of more than 16 KiB have to wait for others: --redis-max-bulk-bytes {limit} are on their way to or from Redis; try again later or raise the limit"
+    )]
+    TooMuchAtOnce { limit: usize },
+    /// Redis has refused a command that not every call needs.
+    #[error("Redis refuses {command}: {reply}; see the rights that the README lists")]
+    CommandRefused { command: String, reply: String },
     /// The store cannot answer now.
     #[error("{0}")]
     Unavailable(String),
@@ -225,6 +235,8 @@ pub enum ErrorKind {
     MemoryFull,
     /// Present credentials.
     Unauthenticated,
+    /// Let the user of the service have the right that is missing in Redis.
+    CommandRefused,
     /// Try again later.
     Unavailable,
     /// Tell whoever maintains groupstate.
@@ -359,6 +371,8 @@ impl StoreError {
             Self::StoredValueTooLarge { .. } => ErrorKind::TooLarge,
             Self::DeadlineExceeded => ErrorKind::DeadlineExceeded,
             Self::MemoryFull { .. } => ErrorKind::MemoryFull,
+            Self::TooMuchAtOnce { .. } => ErrorKind::Overloaded,
+            Self::CommandRefused { .. } => ErrorKind::CommandRefused,
             Self::Unavailable(_) => ErrorKind::Unavailable,
             Self::Bug(_) => ErrorKind::Bug,
             Self::Told { kind, .. } => *kind,

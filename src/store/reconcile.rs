@@ -124,7 +124,7 @@ impl Carrier {
 
     pub fn new(redis: RedisStore, memory: MemoryStore, instance: &InstanceId) -> Self {
         Self {
-            redis,
+            redis: redis.for_repair(),
             memory,
             write_ids: WriteIds::of_its_own(instance),
             running: Mutex::default(),
@@ -228,16 +228,25 @@ impl Carrier {
 
     /// Looks at what Redis holds and does the next step.
     async fn step(&self, ours: &Ours<'_>) -> Result<(), NotDone> {
+        let known_bytes = ours.document.as_ref().map_or(0, |ours| ours.json.len());
         let found = self
             .redis
-            .read_document(ours.key, true, Deadline::NONE)
-            .await?;
+            .read_document(ours.key, true, known_bytes, Deadline::NONE)
+            .await;
         let group = match ours.document.as_ref().map(Document::parse) {
             Some(Ok(group)) => Some(group),
             None => None,
             Some(Err(unreadable)) => return Err(StoreError::Unreadable(unreadable).into()),
         };
+        let (found, too_large) = match found {
+            Err(NotDone {
+                error: StoreError::StoredValueTooLarge { .. },
+                ..
+            }) => (None, true),
+            found => (found?, false),
+        };
         let theirs = match found.as_ref().map(|found| found.document.parse()) {
+            None if too_large => Theirs::Unreadable,
             None => Theirs::Absent,
             Some(Ok(group)) => Theirs::Group(Box::new(group)),
             Some(Err(_)) => Theirs::Unreadable,

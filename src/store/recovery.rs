@@ -112,7 +112,7 @@ impl Recovery {
             write_ids: WriteIds::of_its_own(instance),
             server: tokio::sync::Mutex::new(None),
             pong: Mutex::new(None),
-            redis,
+            redis: redis.for_health(),
             memory,
             switch,
             trip_after,
@@ -188,8 +188,11 @@ impl Watch {
             let period = self.switch.redis_period();
             let sent = Instant::now();
             let pong = self.redis.ping(connection, self.trip_after).await;
+            if connection == RedisStore::HEALTH {
+                self.redis.write_what_was_left_out();
+            }
             match (&pong, period) {
-                (Ok(()), _) => self.heard(sent),
+                (Ok(()), _) => self.heard(connection, sent),
                 (Err(NoPong::Refused(error)), Some(period)) => self.switch.fails(period, error),
                 // One connection may be dead; when none has answered in all this
                 // time, Redis is.
@@ -205,13 +208,15 @@ impl Watch {
         }
     }
 
-    fn heard(&self, sent: Instant) {
+    fn heard(&self, connection: usize, sent: Instant) {
         let at = Instant::now();
-        let pong = Pong {
-            at,
-            latency: at - sent,
+        let mut pong = self.pong.lock().unwrap_or_else(PoisonError::into_inner);
+        let latency = match *pong {
+            // On another connection it may have waited behind something large.
+            Some(Pong { latency, .. }) if connection != RedisStore::HEALTH => latency,
+            _ => at - sent,
         };
-        *self.pong.lock().unwrap_or_else(PoisonError::into_inner) = Some(pong);
+        *pong = Some(Pong { at, latency });
     }
 
     fn heard_since(&self, moment: Instant) -> bool {
@@ -248,7 +253,7 @@ impl Watch {
                         }
                     }
                     Err(NoPong::Refused(error)) => self.switch.probe_fails(&error),
-                    Err(NoPong::Silence) => {
+                    Err(NoPong::Silence | NoPong::Busy) => {
                         self.switch.probe_fails(&self.redis.why_not_connected());
                     }
                 },
@@ -290,6 +295,7 @@ impl Watch {
             }
             None => self.new_probes(&look.run_id).await?,
         };
+        self.use_all_rights().await?;
         self.check_policy(known.as_ref(), &look);
         *known = Some(KnownServer {
             run_id: look.run_id,
@@ -322,7 +328,10 @@ impl Watch {
     /// Whether Redis holds these probes, or newer ones.
     async fn holds_all(&self, probes: &Probes) -> Result<bool, NotDone> {
         let holds = probes.versions.iter().map(async |(key, probe)| {
-            let found = self.redis.read_document(key, false, Deadline::NONE).await?;
+            let found = self
+                .redis
+                .read_document(key, false, 0, Deadline::NONE)
+                .await?;
             let version = found.and_then(|found| found.document.version());
             Ok::<_, NotDone>(version >= Some(*probe))
         });
@@ -353,6 +362,27 @@ impl Watch {
         self.is_still(run_id).await?;
         let conflict = || StoreError::Bug("an unconditional write met a conflict".into()).into();
         written.ok_or_else(conflict)
+    }
+
+    /// Does what calls do to groups, on every server: an error if our user has not all
+    /// the rights for it. Without them the switch would close and open again.
+    async fn use_all_rights(&self) -> Result<(), NotDone> {
+        let name = self.write_ids.next();
+        let used = self.redis.probe_keys(&name).into_iter().map(async |key| {
+            self.write_probe(&key, Condition::Any).await?;
+            self.redis
+                .read_document(&key, true, 0, Deadline::NONE)
+                .await?;
+            let trail = Trail::default();
+            let removed = self
+                .redis
+                .remove_document(&key, None, Deadline::NONE, &trail);
+            removed.await?;
+            // Of nothing more is asked than of a group that is there.
+            let absent = self.redis.read_document(&key, false, 0, Deadline::NONE);
+            absent.await.map(|_| ())
+        });
+        try_join_all(used).await.map(|_| ())
     }
 
     /// An error if Redis is another process by now: then what was written may lie in

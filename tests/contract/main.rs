@@ -32,7 +32,7 @@ use groupstate::{
         documents::Documents,
         failover::{Failover, FailoverSettings},
         memory::MemoryStore,
-        redis::{RedisFiles, RedisSettings, RedisStore},
+        redis::{RedisFiles, RedisLimits, RedisSettings, RedisStore},
         switch::OnRecovery,
     },
     version::InstanceId,
@@ -158,7 +158,16 @@ async fn store_of(url: &str, prefix: &str, timeout: Duration) -> Arc<dyn GroupSt
 }
 
 fn settings(url: &str, timeout: Duration) -> RedisSettings {
-    RedisSettings::new(url, RedisFiles::default(), 2, timeout).unwrap()
+    RedisSettings::new(
+        url,
+        RedisFiles::default(),
+        RedisLimits {
+            pool_size: 2,
+            timeout,
+            ..RedisLimits::default()
+        },
+    )
+    .unwrap()
 }
 
 /// Runs the whole suite against each of some stores.

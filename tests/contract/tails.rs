@@ -19,7 +19,7 @@ use crate::common::redis_server::RedisServer;
 static LOOK_UP: LazyLock<redis::Script> = LazyLock::new(|| {
     redis::Script::new(concat!(
         include_str!("../../src/store/redis/document.lua"),
-        "local found = look_up(KEYS[1])
+        "local found = look_up(KEYS[1], 1048576)
          return {found.version or '', found.inexact and '1' or '',
                  was_written_by(ARGV[1], found) and '1' or ''}"
     ))
@@ -287,6 +287,7 @@ async fn a_version_is_written_in_any_length_and_with_any_rights() {
                 .key(KEY)
                 .arg(&head.unversioned(WRITE_ID)[..])
                 .arg(&["any", "60000", keeps, "9999999999999999", WRITE_ID, "", ""])
+                .arg(&["16384", "1048576"])
                 .invoke_async(&mut connection)
                 .await
                 .unwrap();

@@ -15,7 +15,7 @@ use groupstate::{
     store::{
         Backend, Deadline, Expiry, GroupStore,
         documents::Documents,
-        redis::{RedisFiles, RedisSettings, RedisStore},
+        redis::{RedisFiles, RedisLimits, RedisSettings, RedisStore},
     },
     version::{InstanceId, Version},
 };
@@ -166,7 +166,16 @@ async fn store_at(url: &str) -> Store {
     // Shorter than the longest wait of the proxies, so that some calls are given
     // up whose answer comes too late.
     let timeout = Duration::from_millis(100);
-    let settings = RedisSettings::new(url, RedisFiles::default(), 3, timeout).unwrap();
+    let settings = RedisSettings::new(
+        url,
+        RedisFiles::default(),
+        RedisLimits {
+            pool_size: 3,
+            timeout,
+            ..RedisLimits::default()
+        },
+    )
+    .unwrap();
     let store = RedisStore::open(&settings, "group:", MAX_DOCUMENT_BYTES).unwrap();
     assert!(
         store.wait(Instant::now() + Duration::from_secs(10)).await,

@@ -398,11 +398,12 @@ impl Entries {
         })
     }
 
-    /// The version of the clean group at a key, if it was learned in this epoch.
-    pub fn known_version(&self, key: &GroupKey, now: Instant) -> Option<Version> {
+    /// The version of the clean group at a key, if it was learned in this epoch, and
+    /// the size of its document.
+    pub fn known(&self, key: &GroupKey, now: Instant) -> Option<(Version, usize)> {
         let entry = self.get(key.as_str(), now)?;
         matches!(entry.standing, Standing::Clean { epoch, .. } if epoch == self.epoch)
-            .then_some(entry.version)
+            .then_some((entry.version, entry.document_bytes()))
     }
 
     /// Begins a new epoch.

@@ -245,10 +245,10 @@ impl MemoryStore {
         self.shared.lock().entries.has_room_for(key, bytes)
     }
 
-    /// The version that Redis has last shown of a key.
-    pub fn known_version(&self, key: &GroupKey) -> Option<Version> {
+    /// The version that Redis has last shown of a key, and the size of the document.
+    pub fn known(&self, key: &GroupKey) -> Option<(Version, usize)> {
         let held = self.shared.lock();
-        held.entries.known_version(key, Instant::now())
+        held.entries.known(key, Instant::now())
     }
 
     /// Whether Redis, which shows this version or None, held a newer one when

@@ -30,7 +30,7 @@ impl DocumentStore for RedisStore {
         with_expiry: bool,
         deadline: Deadline,
     ) -> Reply<Option<StoredDocument>> {
-        reply(self.read_document(key, with_expiry, deadline).await)
+        reply(self.read_document(key, with_expiry, 0, deadline).await)
     }
 
     async fn remove(

@@ -9,16 +9,18 @@ use std::{
 };
 
 use fred::{
-    prelude::{Client, ClientLike, Error, KeysInterface, Options, Value},
+    prelude::{ClientLike, Error, KeysInterface, Options, Value},
     types::{ClusterHash, CustomCommand, config::Server},
 };
 use tokio::time::Instant;
 
 use super::{
     NotDone,
+    bulk::BulkShare,
     connection::Connections,
     fault::Fault,
-    link::{Link, lock},
+    link::{Lane, Link, lock},
+    renewable::Renewable,
     topology::{Node, Place},
 };
 use crate::{
@@ -29,7 +31,7 @@ use crate::{
 /// The attempts at one call.
 ///
 /// ```text
-/// let mut attempts = Attempts::at_read(&connections, deadline);
+/// let mut attempts = Attempts::at_read(&connections, traffic, deadline);
 /// while let Some(attempt) = attempts.next().await {
 ///     match … {
 ///         Ok(value) => return Ok(value),
@@ -40,6 +42,7 @@ use crate::{
 /// ```
 pub struct Attempts<'a> {
     connections: &'a Connections,
+    traffic: Traffic,
     /// Of the writes that are attempted; None of reads.
     trail: Option<&'a Trail>,
     /// When the last attempt is given up.
@@ -54,15 +57,28 @@ pub struct Attempts<'a> {
     /// Whether the last attempt was none, since its connection did not lead to the
     /// server.
     unrouted: bool,
+    /// Whether the time has passed before it was the turn of so many bytes.
+    no_turn: bool,
     /// Why the last attempt failed.
     reason: String,
+}
+
+/// What a call moves to or from Redis: decides which connection it takes, and adds
+/// to its time.
+#[derive(Clone, Copy, Debug)]
+pub struct Traffic {
+    lane: Lane,
+    /// Of documents, as far as is known.
+    bytes: usize,
 }
 
 /// One attempt at a call.
 pub struct Attempt {
     /// Lives at least as long as this.
     pub link: Arc<Link>,
-    client: Client,
+    connection: Arc<Renewable>,
+    /// Its part of what may be on its way at once; None of small calls.
+    _share: Option<BulkShare>,
     /// The server behind it, if it is always the same.
     server: Option<Arc<Server>>,
     pub sent: Instant,
@@ -93,7 +109,8 @@ pub struct Command {
 /// right behind it; each of the others goes out by itself.
 #[derive(Clone, Debug)]
 enum Words {
-    Get(String),
+    /// So many bytes from the beginning.
+    GetRange(String, usize),
     StrLen(String),
     Other(&'static str, Vec<Value>),
 }
@@ -125,20 +142,39 @@ impl<'a> Attempts<'a> {
     /// doubles with each further attempt.
     const FIRST_PAUSE: Duration = Duration::from_millis(10);
 
+    /// The most that any attempt waits for its answer, if nothing larger than this
+    /// is moved.
+    pub fn longest_wait(timeout: Duration, bytes: usize) -> Duration {
+        2 * (timeout + Traffic::time_for(bytes))
+    }
+
     /// The attempts at a call that changes nothing.
-    pub fn at_read(connections: &'a Connections, deadline: Deadline) -> Self {
-        Self::new(connections, deadline, None)
+    pub fn at_read(connections: &'a Connections, traffic: Traffic, deadline: Deadline) -> Self {
+        Self::new(connections, traffic, deadline, None)
     }
 
     /// The attempts at writes, which go on from those in `trail`.
-    pub fn at_write(connections: &'a Connections, deadline: Deadline, trail: &'a Trail) -> Self {
-        Self::new(connections, deadline, Some(trail))
+    pub fn at_write(
+        connections: &'a Connections,
+        traffic: Traffic,
+        deadline: Deadline,
+        trail: &'a Trail,
+    ) -> Self {
+        Self::new(connections, traffic, deadline, Some(trail))
     }
 
-    fn new(connections: &'a Connections, deadline: Deadline, trail: Option<&'a Trail>) -> Self {
+    fn new(
+        connections: &'a Connections,
+        traffic: Traffic,
+        deadline: Deadline,
+        trail: Option<&'a Trail>,
+    ) -> Self {
         // A longer timeout than the default is meant to be waited for, by
-        // callers who have the time.
-        let bound = if deadline.instant().is_some() {
+        // callers who have the time. The service itself has all the time that a
+        // large document takes.
+        let bound = if traffic.lane == Lane::Repair {
+            Self::CALL_BOUND + Self::longest_wait(Duration::ZERO, traffic.bytes)
+        } else if deadline.instant().is_some() {
             Self::CALL_BOUND.max(connections.timeout() * Self::MOST)
         } else {
             Self::CALL_BOUND
@@ -146,6 +182,7 @@ impl<'a> Attempts<'a> {
         let ours = Instant::now() + bound;
         Self {
             connections,
+            traffic,
             trail,
             end: deadline.instant().map_or(ours, |at| at.min(ours)),
             hurried: deadline.instant().is_some_and(|at| at < ours),
@@ -153,8 +190,16 @@ impl<'a> Attempts<'a> {
             timed_out: false,
             redirected: false,
             unrouted: false,
+            no_turn: false,
             reason: String::new(),
         }
+    }
+
+    /// Goes on, within the same time, with a call that was answered and has to
+    /// move this.
+    pub fn go_on_with(&mut self, traffic: Traffic) {
+        self.traffic = traffic;
+        self.made = 0;
     }
 
     /// Goes on after a first attempt that was made elsewhere.
@@ -184,38 +229,59 @@ impl<'a> Attempts<'a> {
                 // and after what others have written in between.
                 trail.end().await;
             }
+            let Ok(share) = tokio::time::timeout_at(self.end, self.share()).await else {
+                self.no_turn = true;
+                return None;
+            };
             let now = Instant::now();
             if now >= self.end {
                 return None;
             }
             self.made += 1;
             if let Some(link) = self.connections.link()
-                && let Some(client) = link.client()
+                && let Some(connection) = link.connection(self.traffic.lane)
             {
-                return Some(self.attempt(link, client, now));
+                let connection = connection.clone();
+                return Some(self.attempt(link, connection, share, now));
             }
             self.reason = self.connections.why_not();
         }
         None
     }
 
-    fn attempt(&self, link: Arc<Link>, client: Client, now: Instant) -> Attempt {
+    /// Waits for the turn of a large document.
+    async fn share(&self) -> Option<BulkShare> {
+        match self.traffic.lane {
+            Lane::Bulk => Some(self.connections.bulk().take(self.traffic.bytes).await),
+            _ => None,
+        }
+    }
+
+    fn attempt(
+        &self,
+        link: Arc<Link>,
+        connection: Arc<Renewable>,
+        share: Option<BulkShare>,
+        now: Instant,
+    ) -> Attempt {
         if self.made > 1 {
             telemetry::redis_retries();
         }
         // Half of what is left, so that there is time for another answer.
-        let share = |from: Instant| ((self.end - from) / 2).min(self.connections.timeout());
-        let until = now + share(now);
+        let timeout = self.connections.timeout() + Traffic::time_for(self.traffic.bytes);
+        let part = |from: Instant| ((self.end - from) / 2).min(timeout);
+        let until = now + part(now);
         let server = link.only_server().cloned();
         Attempt {
             link,
-            client,
+            connection,
+            _share: share,
             server,
             redirected: self.redirected,
             sent: now,
             until,
             answer_by: match self.trail {
-                Some(_) => until + share(until),
+                Some(_) => until + part(until),
                 None => until,
             },
             lost_since: self.trail.and_then(Trail::lost_since),
@@ -248,16 +314,58 @@ impl<'a> Attempts<'a> {
         let error = if self.trail.and_then(Trail::lost_since).is_some() {
             // What may have been executed must not be reported as if it was not.
             StoreError::OutcomeUnknown
+        } else if self.no_turn {
+            StoreError::TooMuchAtOnce {
+                limit: self.connections.bulk().most(),
+            }
         } else if in_a_hurry {
             StoreError::DeadlineExceeded
         } else {
             StoreError::Unavailable(format!("Redis does not answer: {}", self.reason))
         };
-        if in_a_hurry {
+        // Large documents may take longer than a call has, and those who wait for them
+        // say nothing of Redis: its health is judged on another connection.
+        let is_slow = self.timed_out && self.traffic.is_bulky();
+        if self.no_turn || is_slow {
+            NotDone::answered(error)
+        } else if in_a_hurry {
             NotDone::short_of_time(error)
         } else {
             NotDone::unwell(error, self.reason)
         }
+    }
+}
+
+// === impl Traffic ===
+
+impl Traffic {
+    /// A document of more than this is a large one: it goes by a connection of its own
+    /// kind, and is counted.
+    pub const SMALL_BYTES: usize = 16 << 10;
+
+    /// A link that moves fewer bytes a second than this is as good as down.
+    const SLOWEST_LINK: usize = 1 << 20;
+
+    /// A call of somebody, or of the service itself, on documents of so many bytes.
+    pub fn of(own_lane: Lane, bytes: usize) -> Self {
+        let lane = match own_lane {
+            Lane::Calls if bytes > Self::SMALL_BYTES => Lane::Bulk,
+            lane => lane,
+        };
+        Self { lane, bytes }
+    }
+
+    /// Whether it shares its connection with large documents.
+    fn is_bulky(&self) -> bool {
+        matches!(self.lane, Lane::Bulk | Lane::Repair)
+    }
+
+    /// The time that so many bytes may take besides what a small command gets.
+    fn time_for(bytes: usize) -> Duration {
+        if bytes <= Self::SMALL_BYTES {
+            return Duration::ZERO;
+        }
+        Duration::from_secs_f64(bytes as f64 / Self::SLOWEST_LINK as f64)
     }
 }
 
@@ -273,11 +381,20 @@ impl Attempt {
             return replies.into_iter().nth(1).unwrap_or_else(missing);
         }
         let span = self.span(slice::from_ref(&command));
-        let client = self.client.with_options(&command.options());
+        let client = self.connection.client().with_options(&command.options());
+        let Command { node, words, .. } = command;
         // What fred makes of it is large, and would be moved with all that waits for it.
-        let reply = self.within(Box::pin(command.words.send(&client))).await;
+        let reply = self.within(Box::pin(words.send(&client))).await;
+        if !matches!(reply, Err(Fault::Lost(_))) {
+            self.connection.answers(&node);
+        }
         span.ends(reply.as_ref().err().map(Fault::kind));
         reply
+    }
+
+    /// Runs one command that is answered by 1 or 0.
+    pub async fn says_yes(&self, command: Command) -> Result<bool, Fault> {
+        Ok(self.run(command).await?.as_i64() == Some(1))
     }
 
     /// Runs one command that may change a document.
@@ -297,8 +414,13 @@ impl Attempt {
         commands: Vec<Command>,
     ) -> Result<Vec<Result<Value, Fault>>, Fault> {
         let span = self.span(&commands);
-        let pipeline = self.client.pipeline();
+        let client = self.connection.client();
+        let pipeline = client.pipeline();
         let queued = commands.len();
+        let nodes: Vec<_> = commands
+            .iter()
+            .map(|command| command.node.clone())
+            .collect();
         for command in commands {
             let pipeline = pipeline.with_options(&command.options());
             // Answered at once; sent below.
@@ -317,6 +439,11 @@ impl Attempt {
         });
         let replies = replies?;
         if replies.len() == queued {
+            for (node, reply) in nodes.iter().zip(&replies) {
+                if reply.is_ok() {
+                    self.connection.answers(node);
+                }
+            }
             return Ok(replies
                 .into_iter()
                 .map(|reply| reply.map_err(|error| Fault::of(&error)))
@@ -423,9 +550,14 @@ impl Command {
         Self::say(place, Words::Other(name, arguments))
     }
 
-    /// The value at a key.
-    pub fn get(place: &Place) -> Self {
-        Self::say(place, Words::Get(place.key.clone()))
+    /// The value at a key, but no more than so many bytes of it.
+    pub fn get_up_to(place: &Place, bytes: usize) -> Self {
+        Self::say(place, Words::GetRange(place.key.clone(), bytes))
+    }
+
+    /// Whether there is a value at a key.
+    pub fn exists(place: &Place) -> Self {
+        Self::on(place, "EXISTS", vec![place.key.as_str().into()])
     }
 
     /// The length of the value at a key.
@@ -468,7 +600,7 @@ impl Command {
 impl Words {
     fn name(&self) -> &'static str {
         match self {
-            Self::Get(_) => "GET",
+            Self::GetRange(..) => "GETRANGE",
             Self::StrLen(_) => "STRLEN",
             Self::Other(name, _) => name,
         }
@@ -476,7 +608,8 @@ impl Words {
 
     async fn send(self, client: &impl KeysInterface) -> Result<Value, Error> {
         match self {
-            Self::Get(key) => client.get(key).await,
+            // The last byte is included.
+            Self::GetRange(key, bytes) => client.getrange(key, 0, bytes.saturating_sub(1)).await,
             Self::StrLen(key) => client.strlen(key).await,
             Self::Other(name, arguments) => {
                 // In a cluster, the options say where it goes.

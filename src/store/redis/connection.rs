@@ -10,8 +10,11 @@ use fred::prelude::{Client, ClientLike, Config, Server};
 use tokio::{sync::watch, task::JoinSet, time::Instant};
 
 use super::{
+    attempt::Attempts,
+    bulk::BulkBudget,
+    events::Events,
     fault::readable,
-    link::{Events, Link, NoPong, lock},
+    link::{Lane, Link, LinkSettings, NoPong, lock},
     sentinel,
     settings::{Access, RedisSettings},
     topology::Topology,
@@ -29,8 +32,7 @@ pub struct Connections {
 
 /// What those who use the link share with those who replace it.
 pub struct Way {
-    pool_size: usize,
-    timeout: Duration,
+    settings: LinkSettings,
     /// How Redis is reached; what it has refused does not get here.
     access: Mutex<Arc<Access>>,
     /// None until it is known where Redis is.
@@ -39,6 +41,7 @@ pub struct Way {
     /// lead back to an old primary.
     moving: tokio::sync::Mutex<()>,
     events: Arc<Events>,
+    bulk: BulkBudget,
 }
 
 // === impl Connections ===
@@ -48,23 +51,29 @@ impl Connections {
     const CONNECTED_POLL: Duration = Duration::from_millis(10);
 
     /// Starts to connect, in the background and for as long as it takes.
-    pub fn open(settings: &RedisSettings) -> Result<Self, StoreError> {
+    /// Nothing larger than `largest` bytes is moved by one command.
+    pub fn open(settings: &RedisSettings, largest: usize) -> Result<Self, StoreError> {
         let access = settings.access().map_err(StoreError::Unavailable)?;
         let deployment = access.deployment.clone();
+        let limits = settings.limits();
         let way = Arc::new(Way {
-            pool_size: settings.pool_size(),
-            timeout: settings.timeout(),
+            settings: LinkSettings {
+                calls: limits.pool_size,
+                timeout: limits.timeout,
+                longest_wait: Attempts::longest_wait(limits.timeout, largest),
+            },
             access: Mutex::new(Arc::new(access)),
             link: Mutex::default(),
             moving: tokio::sync::Mutex::default(),
             events: Arc::new(Events::new()),
+            bulk: BulkBudget::new(limits.max_bulk_bytes),
         });
         let mut tasks = JoinSet::new();
         match deployment {
             Deployment::Sentinel(deployment) => {
                 tasks.spawn(sentinel::follow(way.clone(), deployment));
             }
-            _ => way.use_link(way.open_link(None)?),
+            _ => way.use_link(way.open_link(None)),
         }
         tasks.spawn(renew(way.clone(), settings.clone()));
         Ok(Self {
@@ -121,7 +130,7 @@ impl Connections {
 
     /// Number of connections.
     pub fn count(&self) -> usize {
-        self.way.pool_size
+        Lane::connections(self.way.settings.calls)
     }
 
     /// Asks whether Redis is there, each of its servers, over the connection
@@ -146,9 +155,19 @@ impl Connections {
         }
     }
 
+    /// Writes what the log still has to say of the connections.
+    pub fn write_what_was_left_out(&self) {
+        self.way.events.write_what_was_left_out();
+    }
+
+    /// What may be on its way at once of large documents.
+    pub fn bulk(&self) -> &BulkBudget {
+        &self.way.bulk
+    }
+
     /// The time one command gets at most.
     pub fn timeout(&self) -> Duration {
-        self.way.timeout
+        self.way.settings.timeout
     }
 }
 
@@ -198,26 +217,21 @@ impl Way {
     }
 
     /// Opens a link, to `server` where that is found out by asking sentinels.
-    fn open_link(&self, server: Option<&Server>) -> Result<Link, StoreError> {
-        Link::open(
-            server.cloned(),
-            self.access().config(server),
-            self.pool_size,
-            self.timeout,
-            self.events.clone(),
-        )
+    fn open_link(&self, server: Option<&Server>) -> Link {
+        let config = self.access().config(server);
+        Link::open(server.cloned(), config, self.settings, self.events.clone())
     }
 
     /// Goes over to the primary that sentinels name.
-    pub async fn move_to(&self, primary: &Server) -> Result<(), StoreError> {
+    pub async fn move_to(&self, primary: &Server) {
         let _moving = self.moving.lock().await;
-        self.replace_link(Some(primary)).await
+        self.replace_link(Some(primary)).await;
     }
 
     /// Opens a link, and waits until it is connected, but not for long: if it takes
     /// its time, it is used all the same.
-    async fn replace_link(&self, server: Option<&Server>) -> Result<(), StoreError> {
-        let link = self.open_link(server)?;
+    async fn replace_link(&self, server: Option<&Server>) {
+        let link = self.open_link(server);
         let connected = async {
             while !link.is_connected() {
                 tokio::time::sleep(Connections::CONNECTED_POLL).await;
@@ -225,7 +239,6 @@ impl Way {
         };
         let _ = tokio::time::timeout(Self::CONNECTED_WITHIN, connected).await;
         self.use_link(link);
-        Ok(())
     }
 
     /// Connects in the way that `settings` say now, and goes over to it if Redis
@@ -246,13 +259,10 @@ impl Way {
         }
         let _moving = self.moving.lock().await;
         *lock(&self.access) = Arc::new(access);
-        match self.link() {
-            Some(link) => {
-                let replaced = self.replace_link(link.server()).await;
-                replaced.map_err(|error| error.to_string())
-            }
-            None => Ok(()),
+        if let Some(link) = self.link() {
+            self.replace_link(link.server()).await;
         }
+        Ok(())
     }
 
     /// From now on calls take this link. Those that are under way on the one

@@ -5,6 +5,8 @@
 -- ARGV[2]  the deadline: not executed when `now` is past it
 -- ARGV[3]  '' unless the answer to an earlier attempt was lost; then the
 --          least possible time at which that attempt was executed
+-- ARGV[4]  bytes of the largest document that is sent along with a refusal
+-- ARGV[5]  bytes of the largest document that is looked at whole
 --
 -- deleted   {…, version, size, digest}; version is '0' and the last two are
 --           there when the document was unreadable
@@ -13,9 +15,10 @@
 -- early     {…, version}: nothing was done; wait until `now` is past the version
 
 local key, condition, lost_since = KEYS[1], ARGV[1], ARGV[3]
+local largest_in_reply, largest = tonumber(ARGV[4]), tonumber(ARGV[5])
 
 if now > tonumber(ARGV[2]) then return reply('late') end
-local found, err = look_up(key)
+local found, err = look_up(key, largest)
 if not found then return refuse(err, lost_since) end
 
 if lost_since ~= '' then
@@ -29,9 +32,11 @@ if not found.exists then return reply('absent') end
 
 local version, size, digest = found.version, nil, nil
 if not version then
-  local document = redis.call('GET', key)
-  if condition ~= 'any' then return reply('unreadable', document) end
-  version, size, digest = '0', tostring(#document), redis.sha1hex(document)
+  if condition ~= 'any' then
+    return reply_with_document('unreadable', key, largest_in_reply)
+  end
+  version = '0'
+  size, digest = last_trace(key, largest)
 elseif condition ~= 'any' then
   if found.inexact then return reply('out_of_range', version) end
   if version ~= condition then return reply('conflict', version) end

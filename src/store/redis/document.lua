@@ -8,6 +8,7 @@
 --   late          now is past the deadline; nothing was done
 --   foreign       another type lives at the key
 --   unreadable    {…, document}: its version cannot be told
+--   larger        {…, size}: what is stored is too large to come along
 --   out_of_range  {…, version}: it is beyond 2^53, where numbers are not exact
 --   unknown       an earlier attempt may have been executed; nothing was done
 --   failed        {…, error}: Redis refused a command
@@ -50,7 +51,8 @@ end
 --   version   digits; nil when the document is unreadable
 --   inexact   true when `version` is not exact but beyond 2^53
 --   tail      the end of the document
-local function look_up(key)
+-- A value of more than `largest` bytes is not looked at whole.
+local function look_up(key, largest)
   local tail = redis.pcall('GETRANGE', key, -160, -1)
   if type(tail) == 'table' then return nil, tail.err end
   if tail == '' and redis.call('EXISTS', key) == 0 then return {exists = false} end
@@ -58,7 +60,7 @@ local function look_up(key)
   -- The last brace closes the document, so this is its outer version. (Begun at the
   -- longest one that fits, and not at every byte before it.)
   found.version = string.match(tail, '[{,]"version":(%d+)}$', -32)
-  if not found.version then
+  if not found.version and redis.call('STRLEN', key) <= largest then
     found.version, found.inexact = version_of_whole(redis.call('GET', key))
   end
   if found.version == '0' then found.version = '1' end
@@ -78,4 +80,20 @@ end
 local function refuse(err, lost_since)
   if not string.find(err, 'WRONGTYPE', 1, true) then return reply('failed', err) end
   return reply(lost_since ~= '' and 'unknown' or 'foreign')
+end
+
+-- The reply of this status with the document at the key, or how large that is where
+-- it has more than `largest` bytes.
+local function reply_with_document(status, key, largest, expiry)
+  local size = redis.call('STRLEN', key)
+  if size > largest then return reply('larger', digits(size)) end
+  return reply(status, redis.call('GET', key), expiry)
+end
+
+-- The size of a document that is replaced or removed, and its digest unless that
+-- would take long.
+local function last_trace(key, largest)
+  local size = redis.call('STRLEN', key)
+  if size > largest then return digits(size) end
+  return digits(size), redis.sha1hex(redis.call('GET', key))
 end

@@ -57,6 +57,18 @@ impl Fault {
         }
     }
 
+    /// The same fault of a command that the service can do without: that Redis does not
+    /// let us use it, or does not know it, concerns the call and nobody else.
+    pub fn of_command(self, name: &str) -> Self {
+        match self {
+            Self::NotRun(reply) if is_about_the_command(&reply) => {
+                let command = name.to_owned();
+                Self::Final(StoreError::CommandRefused { command, reply })
+            }
+            fault => fault,
+        }
+    }
+
     /// One word of a small vocabulary: the code of an error reply of Redis, or
     /// what there is instead.
     pub fn kind(&self) -> Cow<'static, str> {
@@ -103,6 +115,12 @@ pub fn readable(error: &Error) -> &str {
         return inner.trim_end_matches(" }").trim_matches('"');
     }
     text
+}
+
+/// Whether an error reply is about the command that was sent: our user has no right to
+/// it, or this server does not know it.
+pub fn is_about_the_command(reply: &str) -> bool {
+    reply.starts_with("NOPERM") || reply.starts_with("ERR unknown command")
 }
 
 /// Replies of Redis begin with a code in capitals (`ERR`, `LOADING`, …); fred's

@@ -1,76 +1,85 @@
-//! One pool of connections to a server or a cluster, and what is known of those
-//! at its other end: who holds which keys, and what time it is there.
+//! The connections to a server or a cluster, and what is known of those at their
+//! other end: who holds which keys, and what time it is there.
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
 use fred::{
     interfaces::ClusterInterface,
     prelude::{
-        Builder, Client, ClientLike, Config, ConnectionConfig, Error, EventInterface,
-        PerformanceConfig, Pool, ReconnectPolicy, Server, ServerConfig, Value,
+        Client, ClientLike, Config, ConnectionConfig, Error, EventInterface, PerformanceConfig,
+        ReconnectPolicy, Server, ServerConfig, Value,
     },
 };
 use futures::future::join_all;
-use tokio::{
-    sync::{Notify, broadcast::error::RecvError, watch},
-    task::JoinSet,
-    time::Instant,
-};
-use tokio_util::task::AbortOnDropHandle;
+use tokio::{sync::broadcast::error::RecvError, task::JoinSet, time::Instant};
 
 use super::{
-    fault::{is_reply_of_redis, readable},
+    events::Events,
+    fault::is_reply_of_redis,
+    renewable::Renewable,
     topology::{Node, Topology},
 };
 use crate::{
-    store::StoreError,
     telemetry::{self, RedisCommand},
     version::IntervalClock,
 };
 
-/// A pool of connections. In a cluster each of them leads to every primary. They
-/// are closed when this is dropped.
+/// Connections to a server; in a cluster each of them leads to every primary.
+/// They are closed when this is dropped.
 pub struct Link {
     /// The primary that sentinels have named; None without sentinels.
     server: Option<Server>,
-    pool: Pool,
     /// None: a cluster, or a socket.
     only_server: Option<Arc<Server>>,
     known: Arc<Known>,
-    /// Tells each client to let go of its connection.
-    renewals: Vec<Arc<Notify>>,
-    /// Keep the connections, and listen to what becomes of them.
+    /// One for each purpose but [`Lane::Calls`], in the order of [`Lane::SINGLE`],
+    /// then those for calls.
+    connections: Vec<Arc<Renewable>>,
+    next_call: AtomicUsize,
+    /// Keep the connections.
     _tasks: JoinSet<()>,
 }
 
-/// What is known of the other end.
-struct Known {
+/// What a connection is for. What waits on one does not wait behind another, so
+/// that no client can make Redis look dead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lane {
+    /// PINGs and probes, by which it is judged whether Redis is well.
+    Health,
+    /// Large documents and listings.
+    Bulk,
+    /// What the service does of its own accord: it fills the mirror, puts back and
+    /// carries over.
+    Repair,
+    /// Calls on small documents.
+    Calls,
+}
+
+/// How many connections there are for what, and how long they may take.
+#[derive(Clone, Copy, Debug)]
+pub struct LinkSettings {
+    /// Connections for calls.
+    pub calls: usize,
+    /// The time one command gets.
+    pub timeout: Duration,
+    /// The most that any attempt waits for its answer.
+    pub longest_wait: Duration,
+}
+
+/// What is known of the other end, and how it is reached.
+pub struct Known {
     topology: Mutex<Arc<Topology>>,
     clocks: Mutex<HashMap<Node, IntervalClock>>,
     events: Arc<Events>,
-}
-
-/// What happens to the connections of all links, one after the other.
-pub struct Events {
-    last: Mutex<LastEvent>,
-    /// Counts new connections.
-    connected: watch::Sender<u64>,
-    /// Counts the times that other servers took the place of those before.
-    moved: watch::Sender<u64>,
-    /// Where local microseconds begin.
-    started: Instant,
-}
-
-#[derive(Debug, Default)]
-struct LastEvent {
-    /// Every connection reports every attempt; one line a change is logged.
-    logged: String,
-    /// Why there is no connection.
-    error: String,
+    config: Config,
+    settings: LinkSettings,
 }
 
 /// Why a connection did not answer a PING.
@@ -78,26 +87,38 @@ struct LastEvent {
 pub enum NoPong {
     /// No answer within the time, or no connection.
     Silence,
+    /// No answer within the time, but others came: it waits behind them.
+    Busy,
     /// Redis answered with an error.
     Refused(String),
+}
+
+// === impl Lane ===
+
+impl Lane {
+    /// Those with one connection each.
+    const SINGLE: [Self; 3] = [Self::Health, Self::Bulk, Self::Repair];
+
+    /// Number of connections where there are `calls` for calls.
+    pub fn connections(calls: usize) -> usize {
+        Self::SINGLE.len() + calls
+    }
 }
 
 // === impl Link ===
 
 impl Link {
-    const RECONNECT_MIN_DELAY_MS: u32 = 50;
-    const RECONNECT_MAX_DELAY_MS: u32 = 500;
+    /// Between the end of a client and the next one.
+    pub const CONNECT_AGAIN: Duration = Duration::from_millis(100);
     const LOOK_BOUND: Duration = Duration::from_secs(1);
-    const CONNECT_AGAIN: Duration = Duration::from_millis(100);
 
     /// Starts to connect, in the background and for as long as it takes.
     pub fn open(
         server: Option<Server>,
         config: Config,
-        pool_size: usize,
-        timeout: Duration,
+        settings: LinkSettings,
         events: Arc<Events>,
-    ) -> Result<Self, StoreError> {
+    ) -> Self {
         let topology = if config.server.is_clustered() {
             Topology::default()
         } else {
@@ -107,53 +128,27 @@ impl Link {
             ServerConfig::Centralized { server } => Some(Arc::new(server.clone())),
             _ => None,
         };
-        let pool = Builder::from_config(config)
-            .with_performance_config(|config: &mut PerformanceConfig| {
-                // The only timeout that takes a command back out of fred's
-                // queues; dropping the future of a call does not. It is no
-                // less than what any attempt waits for its answer.
-                config.default_command_timeout = timeout * 2;
-            })
-            .with_connection_config(|config: &mut ConnectionConfig| {
-                config.connection_timeout = timeout.max(Duration::from_millis(500));
-                config.internal_command_timeout = timeout.max(Duration::from_millis(500));
-                // Repeating is decided here, where it is known what is safe. On
-                // `ASK`, fred 10.1 would take another command's answer for that
-                // to its own `ASKING`.
-                config.max_command_attempts = 1;
-                config.max_redirections = 0;
-                config.reconnect_on_auth_error = true;
-                config.tcp.nodelay = Some(true);
-            })
-            .set_policy(ReconnectPolicy::new_exponential(
-                0, // without end
-                Self::RECONNECT_MIN_DELAY_MS,
-                Self::RECONNECT_MAX_DELAY_MS,
-                2,
-            ))
-            .build_pool(pool_size)
-            .map_err(|error| StoreError::Unavailable(error.details().to_owned()))?;
         let known = Arc::new(Known {
             topology: Mutex::new(Arc::new(topology)),
             clocks: Mutex::default(),
             events,
+            config,
+            settings,
         });
         let mut tasks = JoinSet::new();
-        let mut renewals = Vec::new();
-        for client in pool.clients() {
-            let renewal: Arc<Notify> = Arc::default();
-            tasks.spawn(listen(client.clone(), known.clone()));
-            tasks.spawn(stay_connected(client.clone(), renewal.clone()));
-            renewals.push(renewal);
-        }
-        Ok(Self {
+        let connections = (0..Lane::connections(settings.calls)).map(|_| {
+            let connection = Renewable::new(known.clone());
+            tasks.spawn(connection.clone().stay_connected());
+            connection
+        });
+        Self {
             server,
-            pool,
             only_server,
+            connections: connections.collect(),
             known,
-            renewals,
+            next_call: AtomicUsize::new(0),
             _tasks: tasks,
-        })
+        }
     }
 
     /// The server at the other end, if there is just one.
@@ -166,15 +161,26 @@ impl Link {
         self.server.as_ref()
     }
 
-    /// Whether every connection of the pool is there.
+    /// Whether every connection is there.
     pub fn is_connected(&self) -> bool {
-        self.pool.clients().iter().all(Client::is_connected)
+        let mut connections = self.connections.iter();
+        connections.all(|connection| connection.is_connected())
     }
 
-    /// The client that takes the next command, if it is connected.
-    pub fn client(&self) -> Option<Client> {
-        let client = self.pool.next_connected();
-        client.is_connected().then(|| client.clone())
+    /// The connection that takes the next command of this kind: one of its own, or
+    /// any other before Redis passes for dead because of one. None if none is there.
+    pub fn connection(&self, lane: Lane) -> Option<&Arc<Renewable>> {
+        let (singles, calls) = self.connections.split_at(Lane::SINGLE.len());
+        let next = self.next_call.fetch_add(1, Relaxed) % calls.len().max(1);
+        let calls = calls[next..].iter().chain(&calls[..next]);
+        let own = singles
+            .iter()
+            .zip(Lane::SINGLE)
+            .filter(|(_, of)| *of == lane);
+        // The connection for PINGs is the last resort.
+        let others = singles.iter().rev();
+        let mut connections = own.map(|(own, _)| own).chain(calls).chain(others);
+        connections.find(|connection| connection.is_connected())
     }
 
     /// Which server holds which keys.
@@ -184,7 +190,8 @@ impl Link {
 
     /// Asks a cluster who holds what. What comes of it is in [`Self::topology`].
     pub async fn look_at_cluster(&self) {
-        if let Some(client) = self.client() {
+        if let Some(connection) = self.connection(Lane::Calls) {
+            let client = connection.client();
             let _ = tokio::time::timeout(Self::LOOK_BOUND, client.sync_cluster()).await;
         }
     }
@@ -192,18 +199,32 @@ impl Link {
     /// PINGs over one connection, or over any, each of the servers. None where
     /// there is no connection, or it broke: the next one may be there in time.
     pub async fn ping(&self, index: Option<usize>, end: Instant) -> Option<Result<(), NoPong>> {
-        let client = match index {
-            Some(index) => &self.pool.clients()[index],
-            None => self.pool.next_connected(),
-        };
+        let connection = match index {
+            Some(index) => self.connections.get(index),
+            None => self.connection(Lane::Health),
+        }?;
         // What is sent without a connection waits for the next one in fred.
         let nodes = self.topology().nodes();
-        if !client.is_connected() || nodes.is_empty() {
+        if !connection.is_connected() || nodes.is_empty() {
             return None;
         }
-        let pings = nodes.iter().map(|node| ping_node(client, node));
+        let sent = Instant::now();
+        let client = connection.client();
+        let pings = nodes.iter().map(async |node| {
+            let pong = ping_node(&client, node).await;
+            if pong.is_ok() {
+                connection.answers(node);
+            }
+            pong
+        });
         let Ok(pongs) = tokio::time::timeout_at(end, join_all(pings)).await else {
-            return Some(Err(NoPong::Silence));
+            // It is no silence where the PINGs wait behind other replies.
+            let is_busy = connection.all_answered_since(&nodes, sent);
+            return Some(Err(if is_busy {
+                NoPong::Busy
+            } else {
+                NoPong::Silence
+            }));
         };
         if pongs.iter().all(Result::is_ok) {
             return Some(Ok(()));
@@ -217,9 +238,8 @@ impl Link {
 
     /// Replaces one connection, whatever it is waiting for.
     pub fn reconnect(&self, index: usize) {
-        // If it is not connected, it is being replaced already.
-        if self.pool.clients()[index].is_connected() {
-            self.renewals[index].notify_one();
+        if let Some(connection) = self.connections.get(index) {
+            connection.renew();
         }
     }
 
@@ -250,48 +270,96 @@ async fn ping_node(client: &Client, node: &Node) -> Result<(), Error> {
     .map(|_| ())
 }
 
-/// Connects again where fred gives up: its task ends with some errors of a
-/// cluster, whatever the policy says, and would leave a dead client. And where it
-/// does not: when it is told to reconnect, it keeps what connections to a cluster
-/// show no error, and waits for a hung server to take what it has been sent.
-async fn stay_connected(client: Client, renewal: Arc<Notify>) {
-    loop {
-        let task = AbortOnDropHandle::new(client.connect());
-        tokio::select! {
-            // A task that ended by a panic is begun anew as well.
-            ended = task => {
-                tracing::debug!(?ended, "connecting to Redis again from the beginning");
-                tokio::time::sleep(Link::CONNECT_AGAIN).await;
-            }
-            () = renewal.notified() => tracing::debug!("a connection to Redis is replaced"),
-        }
-    }
-}
-
-/// Takes in what happens to a client, from now on.
-fn listen(client: Client, known: Arc<Known>) -> impl Future<Output = ()> {
-    let mut reconnects = client.reconnect_rx();
-    let mut changes = client.cluster_change_rx();
-    let mut errors = client.error_rx();
-    async move {
-        let mut heard = Ok(());
-        while heard != Err(RecvError::Closed) {
-            heard = tokio::select! {
-                server = reconnects.recv() => server.map(|server| known.met(&server)),
-                change = changes.recv() => change.map(|_| {
-                    if let Some(routing) = client.cached_cluster_state() {
-                        known.learn(Topology::of_cluster(&routing));
-                    }
-                }),
-                error = errors.recv() => error.map(|(error, _)| known.events.failed(&error)),
-            };
-        }
-    }
-}
-
 // === impl Known ===
 
 impl Known {
+    const RECONNECT_MIN_DELAY_MS: u32 = 50;
+    const RECONNECT_MAX_DELAY_MS: u32 = 500;
+
+    /// A client that is not connected yet.
+    pub fn new_client(&self) -> Client {
+        let settings = self.settings;
+        let performance = PerformanceConfig {
+            // The only timeout that takes a command back out of fred's queues;
+            // dropping the future of a call does not. It is no less than what any
+            // attempt waits for its answer.
+            default_command_timeout: settings.longest_wait,
+            ..PerformanceConfig::default()
+        };
+        let bound = settings.timeout.max(Duration::from_millis(500));
+        let mut connection = ConnectionConfig {
+            connection_timeout: bound,
+            internal_command_timeout: bound,
+            // Repeating is decided by `Attempts`, which know what is safe. On
+            // `ASK`, fred 10.1 would take another command's answer for that to its
+            // own `ASKING`.
+            max_command_attempts: 1,
+            max_redirections: 0,
+            reconnect_on_auth_error: true,
+            ..ConnectionConfig::default()
+        };
+        connection.tcp.nodelay = Some(true);
+        let policy = ReconnectPolicy::new_exponential(
+            0, // without end
+            Self::RECONNECT_MIN_DELAY_MS,
+            Self::RECONNECT_MAX_DELAY_MS,
+            2,
+        );
+        Client::new(
+            self.reachable_config(),
+            Some(performance),
+            Some(connection),
+            Some(policy),
+        )
+    }
+
+    /// How to connect now: the nodes of a cluster that the URL names may be gone
+    /// some day, so those that are known come first.
+    fn reachable_config(&self) -> Config {
+        let mut config = self.config.clone();
+        if let ServerConfig::Clustered { hosts, .. } = &mut config.server {
+            let nodes = lock(&self.topology).nodes();
+            let mut reachable: Vec<_> = nodes
+                .iter()
+                .filter_map(|node| node.address().cloned())
+                .collect();
+            for host in hosts.drain(..) {
+                if !reachable.contains(&host) {
+                    reachable.push(host);
+                }
+            }
+            *hosts = reachable;
+        }
+        config
+    }
+
+    /// A moment in local microseconds.
+    pub fn micros(&self, moment: Instant) -> i64 {
+        self.events.micros(moment)
+    }
+
+    /// Takes in what happens to a client, from now on.
+    pub fn listen(self: Arc<Self>, client: &Client) -> impl Future<Output = ()> + use<> {
+        let client = client.clone();
+        let mut reconnects = client.reconnect_rx();
+        let mut changes = client.cluster_change_rx();
+        let mut errors = client.error_rx();
+        async move {
+            let mut heard = Ok(());
+            while heard != Err(RecvError::Closed) {
+                heard = tokio::select! {
+                    server = reconnects.recv() => server.map(|server| self.met(&server)),
+                    change = changes.recv() => change.map(|_| {
+                        if let Some(routing) = client.cached_cluster_state() {
+                            self.learn(Topology::of_cluster(&routing));
+                        }
+                    }),
+                    error = errors.recv() => error.map(|(error, _)| self.events.failed(&error)),
+                };
+            }
+        }
+    }
+
     /// A new connection may lead to another process than the one before, whose
     /// clock is another one.
     fn met(&self, server: &Server) {
@@ -313,83 +381,6 @@ impl Known {
             *known = Arc::new(topology);
             self.events.moved_on();
         }
-    }
-}
-
-// === impl Events ===
-
-impl Events {
-    pub fn new() -> Self {
-        Self {
-            last: Mutex::default(),
-            connected: watch::Sender::new(0),
-            moved: watch::Sender::new(0),
-            started: Instant::now(),
-        }
-    }
-
-    /// Counts new connections: each may lead to another server than before.
-    pub fn connected(&self) -> watch::Receiver<u64> {
-        self.connected.subscribe()
-    }
-
-    /// Why there is no connection.
-    pub fn why_not(&self) -> String {
-        match lock(&self.last).error.as_str() {
-            "" => "not connected".into(),
-            error => format!("not connected: {error}"),
-        }
-    }
-
-    /// Counts the times that other servers took the place of those before.
-    pub fn moved(&self) -> watch::Receiver<u64> {
-        self.moved.subscribe()
-    }
-
-    /// What is used from now on are other servers than before.
-    pub fn moved_on(&self) {
-        self.connected.send_modify(|count| *count += 1);
-        self.moved.send_modify(|count| *count += 1);
-    }
-
-    fn connected_to(&self, server: &Server) {
-        if lock(&self.last).changes_to(format!("connected to {server}")) {
-            tracing::info!(%server, "connected to Redis");
-        }
-        self.connected.send_modify(|count| *count += 1);
-    }
-
-    fn failed(&self, error: &Error) {
-        self.cannot_connect(readable(error));
-    }
-
-    /// Takes down why it is not known where to connect to.
-    pub fn has_no_address(&self, reason: &str) {
-        lock(&self.last).error = reason.to_owned();
-    }
-
-    /// Takes down why there is no connection.
-    pub fn cannot_connect(&self, reason: &str) {
-        let mut last = lock(&self.last);
-        last.error = reason.to_owned();
-        if last.changes_to(reason.to_owned()) {
-            tracing::warn!(reason, "no connection to Redis, trying again");
-        }
-    }
-
-    fn micros(&self, moment: Instant) -> i64 {
-        i64::try_from(moment.duration_since(self.started).as_micros()).unwrap_or(i64::MAX / 2)
-    }
-}
-
-// === impl LastEvent ===
-
-impl LastEvent {
-    /// Takes in what happened. False if the same was logged last.
-    fn changes_to(&mut self, event: String) -> bool {
-        let changes = self.logged != event;
-        self.logged = event;
-        changes
     }
 }
 

@@ -5,7 +5,9 @@
 //! | file | what is in it |
 //! |---|---|
 //! | `url.rs`, `settings.rs`, `tls.rs` | where Redis is and how to reach it |
-//! | `link.rs` | a pool of connections, and what is known of its other end |
+//! | `link.rs` | the connections to a server or cluster, and what is known of their other end |
+//! | `renewable.rs`, `events.rs` | one connection, and how a new one takes its place; what happens to them |
+//! | `bulk.rs` | how much may be on its way at once of large documents |
 //! | `connection.rs` | the link that is used now, and how it gives way to another |
 //! | `sentinel.rs` | the primary, as sentinels name it |
 //! | `attempt.rs`, `fault.rs` | when a call is repeated; what an error means for that |
@@ -16,12 +18,15 @@
 
 mod alone;
 mod attempt;
+mod bulk;
 mod connection;
+mod events;
 mod fault;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing;
 mod link;
+mod renewable;
 mod scan;
 mod script;
 mod sentinel;
@@ -42,17 +47,18 @@ pub use self::{
     attempt::Trail,
     link::NoPong,
     server_info::ServerInfo,
-    settings::{RedisFiles, RedisSettings},
+    settings::{RedisFiles, RedisLimits, RedisSettings},
     write::pipelines,
 };
 use self::{
-    attempt::{Attempt, Attempts, Command},
+    attempt::{Attempt, Attempts, Command, Traffic},
     connection::Connections,
     fault::Fault,
+    link::Lane,
     scan::KeySpace,
     script::{Script, ScriptReply},
     topology::{Node, Place, Topology},
-    write::TimeBounds,
+    write::{Bounded, ScriptLimits},
 };
 use super::{
     Deadline, Deletion, KeyPage, StoreError,
@@ -70,6 +76,9 @@ use crate::{
 pub struct RedisStore {
     connections: Connections,
     keys: KeySpace,
+    /// Whose connections small documents take.
+    lane: Lane,
+    max_document_bytes: usize,
 }
 
 /// Why Redis did not do what it was asked.
@@ -115,21 +124,47 @@ pub enum Offered {
 // === impl RedisStore ===
 
 impl RedisStore {
+    /// The connection on which health is judged, among [`Self::connections`].
+    pub const HEALTH: usize = 0;
+
     /// The time a batch without a deadline gets.
     pub const BATCH_BOUND: Duration = Duration::from_secs(5);
 
     /// Opens the connections in the background. Keys in Redis begin with
-    /// `key_prefix`; `max_document_bytes` bounds what a scan reads of one value.
+    /// `key_prefix`; no value larger than `max_document_bytes` is read.
     pub fn open(
         settings: &RedisSettings,
         key_prefix: &str,
         max_document_bytes: usize,
     ) -> Result<Self, StoreError> {
-        let connections = Connections::open(settings)?;
+        let largest = max_document_bytes.max(KeySpace::BATCH_BYTES);
+        let connections = Connections::open(settings, largest)?;
         Ok(Self {
             keys: KeySpace::new(connections.clone(), key_prefix, max_document_bytes),
             connections,
+            lane: Lane::Calls,
+            max_document_bytes,
         })
+    }
+
+    /// The same store for what the service does of its own accord: by a connection of
+    /// its own, and with the time that it takes.
+    pub fn for_repair(&self) -> Self {
+        self.by(Lane::Repair)
+    }
+
+    /// The same store for those who judge whether Redis is well, by a connection on
+    /// which nothing large is ever in the way.
+    pub fn for_health(&self) -> Self {
+        self.by(Lane::Health)
+    }
+
+    fn by(&self, lane: Lane) -> Self {
+        Self {
+            keys: self.keys.by(lane),
+            lane,
+            ..self.clone()
+        }
     }
 
     /// Waits until every connection is there, at most until `deadline`; false if one is not.
@@ -144,8 +179,9 @@ impl RedisStore {
         deadline: Deadline,
         trail: &Trail,
     ) -> Result<WriteOutcome, NotDone> {
-        let attempts = Attempts::at_write(&self.connections, deadline, trail);
-        self.finish_write(write, attempts, trail).await
+        let traffic = self.traffic(write.head.stored_bytes());
+        let attempts = Attempts::at_write(&self.connections, traffic, deadline, trail);
+        self.finish_write(write, attempts, deadline, trail).await
     }
 
     /// Writes documents, as many as one of the [`pipelines`] holds: one attempt
@@ -156,15 +192,13 @@ impl RedisStore {
         deadline: Deadline,
         trails: &[Trail],
     ) -> Vec<Result<WriteOutcome, NotDone>> {
-        let first = match trails.first() {
-            Some(trail) => {
-                Attempts::at_write(&self.connections, deadline, trail)
-                    .next()
-                    .await
-            }
-            None => return Vec::new(),
+        let Some(trail) = trails.first() else {
+            return Vec::new();
         };
-        let results = match first {
+        let bytes = writes.iter().map(|write| write.head.stored_bytes());
+        let traffic = self.traffic(bytes.sum());
+        let mut first = Attempts::at_write(&self.connections, traffic, deadline, trail);
+        let results = match first.next().await {
             Some(attempt) => {
                 let _measured = telemetry::redis_attempt(RedisCommand::Write);
                 let results = self.pipeline(writes, &attempt, trails).await;
@@ -177,36 +211,58 @@ impl RedisStore {
                 }
                 results
             }
-            None => vec![Err(Fault::NotRun(self.connections.why_not())); writes.len()],
+            None => {
+                let failed = first.used_up();
+                return vec![Err(failed); writes.len()];
+            }
         };
         let mut finished = Vec::with_capacity(writes.len());
         for ((write, trail), result) in writes.iter().zip(trails).zip(results) {
             finished.push(async move {
                 let fault = match result {
-                    Ok(outcome) => return Ok(outcome),
+                    Ok(Bounded::Whole(outcome)) => return Ok(outcome),
+                    Ok(Bounded::Larger(bytes)) => {
+                        return self.conflict_with_larger(write, bytes, deadline).await;
+                    }
                     Err(Fault::Final(error)) => return Err(NotDone::answered(error)),
                     Err(fault) => fault,
                 };
-                let attempts = Attempts::at_write(&self.connections, deadline, trail);
-                self.finish_write(write, attempts.after_first(&fault), trail)
-                    .await
+                let traffic = self.traffic(write.head.stored_bytes());
+                let attempts = Attempts::at_write(&self.connections, traffic, deadline, trail);
+                let attempts = attempts.after_first(&fault);
+                self.finish_write(write, attempts, deadline, trail).await
             });
         }
         join_all(finished).await
     }
 
-    /// Reads a document.
+    /// Reads a document. `known_bytes`: its size as far as is known, else 0; a wrong
+    /// one only costs time.
     pub async fn read_document(
         &self,
         key: &GroupKey,
         with_expiry: bool,
+        known_bytes: usize,
         deadline: Deadline,
     ) -> Result<Option<StoredDocument>, NotDone> {
-        let mut attempts = Attempts::at_read(&self.connections, deadline);
+        let mut bytes = known_bytes;
+        let mut attempts = Attempts::at_read(&self.connections, self.traffic(bytes), deadline);
         while let Some(attempt) = attempts.next().await {
             let _measured = telemetry::redis_attempt(RedisCommand::Read);
-            match self.try_read(key, with_expiry, &attempt).await {
-                Ok(found) => return Ok(found),
+            // More than a small document is read only by those who have counted it.
+            let most = match bytes {
+                0..=Traffic::SMALL_BYTES => Traffic::SMALL_BYTES.min(self.max_document_bytes),
+                _ => self.max_document_bytes,
+            };
+            match self.try_read(key, with_expiry, most, &attempt).await {
+                Ok(Bounded::Whole(found)) => return Ok(found),
+                Ok(Bounded::Larger(size)) if size > self.max_document_bytes => {
+                    return Err(self.too_large(size).into());
+                }
+                Ok(Bounded::Larger(size)) => {
+                    bytes = size;
+                    attempts.go_on_with(self.traffic(bytes));
+                }
                 Err(fault) => attempts.failed(&attempt, fault)?,
             }
         }
@@ -221,11 +277,19 @@ impl RedisStore {
         deadline: Deadline,
         trail: &Trail,
     ) -> Result<Deletion, NotDone> {
-        let mut attempts = Attempts::at_write(&self.connections, deadline, trail);
+        let traffic = self.traffic(0);
+        let mut attempts = Attempts::at_write(&self.connections, traffic, deadline, trail);
         while let Some(attempt) = attempts.next().await {
             let _measured = telemetry::redis_attempt(RedisCommand::Delete);
             match self.try_remove(key, expected, &attempt, trail).await {
-                Ok(deletion) => return Ok(deletion),
+                Ok(Bounded::Whole(deletion)) => return Ok(deletion),
+                Ok(Bounded::Larger(bytes)) => {
+                    let found = self.read_larger(key, bytes, deadline).await?;
+                    return Ok(Deletion {
+                        deleted: false,
+                        version: found.and_then(|found| found.document.version()),
+                    });
+                }
                 Err(fault) => attempts.failed(&attempt, fault)?,
             }
         }
@@ -241,7 +305,8 @@ impl RedisStore {
         // Repeating it changes nothing, so a lost answer is of no matter; but it
         // must not be executed after this call has ended.
         let trail = Trail::default();
-        let mut attempts = Attempts::at_write(&self.connections, deadline, &trail);
+        let traffic = self.traffic(lost.document.json.len());
+        let mut attempts = Attempts::at_write(&self.connections, traffic, deadline, &trail);
         while let Some(attempt) = attempts.next().await {
             let _measured = telemetry::redis_attempt(RedisCommand::Restore);
             match self.try_restore(lost, &attempt, &trail).await {
@@ -334,6 +399,11 @@ impl RedisStore {
         self.connections.moved()
     }
 
+    /// Writes what the log still has to say of the connections.
+    pub fn write_what_was_left_out(&self) {
+        self.connections.write_what_was_left_out();
+    }
+
     /// Why there is no connection.
     pub fn why_not_connected(&self) -> String {
         self.connections.why_not()
@@ -341,20 +411,65 @@ impl RedisStore {
 }
 
 impl RedisStore {
+    /// What moves when a document of this size is read or written.
+    fn traffic(&self, bytes: usize) -> Traffic {
+        Traffic::of(self.lane, bytes)
+    }
+
+    fn too_large(&self, bytes: usize) -> StoreError {
+        StoreError::StoredValueTooLarge {
+            bytes,
+            limit: self.max_document_bytes,
+        }
+    }
+
     async fn finish_write(
         &self,
         write: &Write,
         mut attempts: Attempts<'_>,
+        deadline: Deadline,
         trail: &Trail,
     ) -> Result<WriteOutcome, NotDone> {
         while let Some(attempt) = attempts.next().await {
             let _measured = telemetry::redis_attempt(RedisCommand::Write);
             match self.try_write(write, &attempt, trail).await {
-                Ok(outcome) => return Ok(outcome),
+                Ok(Bounded::Whole(outcome)) => return Ok(outcome),
+                Ok(Bounded::Larger(bytes)) => {
+                    return self.conflict_with_larger(write, bytes, deadline).await;
+                }
                 Err(fault) => attempts.failed(&attempt, fault)?,
             }
         }
         Err(attempts.used_up())
+    }
+
+    /// The outcome of a write that met a document too large to come along with the
+    /// refusal.
+    async fn conflict_with_larger(
+        &self,
+        write: &Write,
+        bytes: usize,
+        deadline: Deadline,
+    ) -> Result<WriteOutcome, NotDone> {
+        let current = self.read_larger(write.head.key(), bytes, deadline).await?;
+        Ok(WriteOutcome::Conflict { current })
+    }
+
+    /// Reads what was too large to come along with a refusal; an error if it cannot
+    /// be read as a group.
+    async fn read_larger(
+        &self,
+        key: &GroupKey,
+        bytes: usize,
+        deadline: Deadline,
+    ) -> Result<Option<StoredDocument>, NotDone> {
+        let found = Box::pin(self.read_document(key, true, bytes, deadline)).await?;
+        match found {
+            Some(found) if found.document.version().is_none() => {
+                Err(write::why_unreadable(&found.document).into())
+            }
+            found => Ok(found),
+        }
     }
 
     async fn try_write(
@@ -362,11 +477,11 @@ impl RedisStore {
         write: &Write,
         attempt: &Attempt,
         trail: &Trail,
-    ) -> Result<WriteOutcome, Fault> {
+    ) -> Result<Bounded<WriteOutcome>, Fault> {
         let key = write.head.key();
         let place = self.place(key, attempt).await?;
-        let bounds = self.bounds(attempt, &place.node).await?;
-        let arguments = write::arguments(write, &bounds);
+        let limits = self.script_limits(attempt, &place.node).await?;
+        let arguments = write::arguments(write, &limits);
         let reply = self
             .run_write(attempt, trail, &script::WRITE, &place, arguments)
             .await?;
@@ -379,13 +494,15 @@ impl RedisStore {
         expected: Option<Version>,
         attempt: &Attempt,
         trail: &Trail,
-    ) -> Result<Deletion, Fault> {
+    ) -> Result<Bounded<Deletion>, Fault> {
         let place = self.place(key, attempt).await?;
-        let bounds = self.bounds(attempt, &place.node).await?;
+        let limits = self.script_limits(attempt, &place.node).await?;
         let arguments = vec![
             expected.map_or("any".into(), |version| version.to_string().into()),
-            bounds.deadline,
-            bounds.lost_since,
+            limits.deadline,
+            limits.lost_since,
+            limits.largest_in_reply,
+            limits.largest,
         ];
         loop {
             let arguments = arguments.clone();
@@ -407,14 +524,15 @@ impl RedisStore {
         trail: &Trail,
     ) -> Result<Offered, Fault> {
         let place = self.place(&lost.document.key, attempt).await?;
-        let bounds = self.bounds(attempt, &place.node).await?;
+        let limits = self.script_limits(attempt, &place.node).await?;
         let arguments = vec![
             Value::Bytes(lost.document.json.clone()),
             lost.version.to_string().into(),
             lost.left
                 .map_or("".into(), |left| left.as_millis().max(1).to_string().into()),
-            bounds.deadline,
+            limits.deadline,
             if lost.put_back_absent { "1" } else { "" }.into(),
+            limits.largest,
         ];
         let reply = self
             .run_write(attempt, trail, &script::RESTORE, &place, arguments)
@@ -427,27 +545,39 @@ impl RedisStore {
         }
     }
 
+    /// Reads a document of no more than `most` bytes.
     async fn try_read(
         &self,
         key: &GroupKey,
         with_expiry: bool,
+        most: usize,
         attempt: &Attempt,
-    ) -> Result<Option<StoredDocument>, Fault> {
+    ) -> Result<Bounded<Option<StoredDocument>>, Fault> {
         let place = self.place(key, attempt).await?;
         if with_expiry {
             let sent = Instant::now();
-            let reply = script::READ.run(attempt, &place).await?;
+            let most = most.to_string().into();
+            let reply = script::READ.run(attempt, &place, vec![most]).await?;
             attempt.link.observe(&place.node, sent, reply.now);
             return write::read_read_reply(key, &reply);
         }
-        let value = attempt.run(Command::get(&place)).await?;
-        Ok(script::bytes(&value).map(|json| StoredDocument {
+        // One byte more shows that there are more.
+        let value = attempt.run(Command::get_up_to(&place, most + 1)).await?;
+        let json = script::bytes(&value).unwrap_or_default();
+        if json.is_empty() && !attempt.says_yes(Command::exists(&place)).await? {
+            return Ok(Bounded::Whole(None));
+        }
+        if json.len() > most {
+            let size = attempt.run(Command::str_len(&place)).await?;
+            return Ok(Bounded::Larger(size.as_usize().unwrap_or(json.len())));
+        }
+        Ok(Bounded::Whole(Some(StoredDocument {
             document: Document {
                 key: key.clone(),
                 json,
             },
             expires: None,
-        }))
+        })))
     }
 
     /// One attempt at all writes; one result each.
@@ -456,7 +586,7 @@ impl RedisStore {
         writes: &[Write],
         attempt: &Attempt,
         trails: &[Trail],
-    ) -> Vec<Result<WriteOutcome, Fault>> {
+    ) -> Vec<Result<Bounded<WriteOutcome>, Fault>> {
         let all_failed = |fault| vec![Err(fault); writes.len()];
         let mut places = Vec::with_capacity(writes.len());
         let mut commands = Vec::with_capacity(writes.len());
@@ -465,11 +595,11 @@ impl RedisStore {
                 Ok(place) => place,
                 Err(fault) => return all_failed(fault),
             };
-            let bounds = match self.bounds(attempt, &place.node).await {
-                Ok(bounds) => bounds,
+            let limits = match self.script_limits(attempt, &place.node).await {
+                Ok(limits) => limits,
                 Err(fault) => return all_failed(fault),
             };
-            commands.push(script::WRITE.call(&place, write::arguments(write, &bounds)));
+            commands.push(script::WRITE.call(&place, write::arguments(write, &limits)));
             places.push(place);
         }
         for trail in trails {
@@ -542,8 +672,8 @@ impl RedisStore {
         Ok(reply)
     }
 
-    /// The bounds of an attempt in the time of a server.
-    async fn bounds(&self, attempt: &Attempt, node: &Node) -> Result<TimeBounds, Fault> {
+    /// The limits of an attempt, its times by the clock of a server.
+    async fn script_limits(&self, attempt: &Attempt, node: &Node) -> Result<ScriptLimits, Fault> {
         if attempt.link.redis_time(node, attempt.until).is_none() {
             Box::pin(self.ask_time(attempt, node)).await?;
         }
@@ -552,12 +682,17 @@ impl RedisStore {
             let time = time.ok_or_else(|| Fault::NotRun("connecting again".into()))?;
             Ok(time.to_string().into())
         };
-        Ok(TimeBounds {
+        Ok(ScriptLimits {
             deadline: redis_time(attempt.until)?,
             lost_since: match attempt.lost_since {
                 Some(since) => redis_time(since)?,
                 None => "".into(),
             },
+            largest_in_reply: Traffic::SMALL_BYTES
+                .min(self.max_document_bytes)
+                .to_string()
+                .into(),
+            largest: self.max_document_bytes.to_string().into(),
         })
     }
 

@@ -8,6 +8,7 @@
 -- ARGV[3]  time to live in milliseconds, or '' for ever
 -- ARGV[4]  the deadline: not executed when `now` is past it
 -- ARGV[5]  '1' puts it back also where nothing is stored
+-- ARGV[6]  bytes of the largest document that is looked at whole
 --
 -- restored
 -- kept      what is stored is not older, or cannot be read
@@ -16,7 +17,7 @@
 local key, version = KEYS[1], ARGV[2]
 
 if now > tonumber(ARGV[4]) then return reply('late') end
-local found, err = look_up(key)
+local found, err = look_up(key, tonumber(ARGV[6]))
 if not found then return refuse(err, '') end
 local older = found.exists and found.version and beyond(version, found.version)
 if found.exists and not older then return reply('kept') end

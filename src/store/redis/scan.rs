@@ -13,18 +13,20 @@ use futures::{Stream, future::try_join_all, stream};
 
 use super::{
     NotDone, ServerInfo,
-    attempt::{Attempts, Command},
+    attempt::{Attempts, Command, Traffic},
     connection::Connections,
     fault::Fault,
+    link::Lane,
     script::{self, ScriptReply},
     topology::{Node, Place, Topology},
-    write::read_read_reply,
+    write::{Bounded, read_read_reply},
 };
 use crate::{
     document::Document,
     group::GroupKey,
     store::{
         Backend, Deadline, KeyPage, Problem, StoreError,
+        caller::Caller,
         documents::{DocumentBatch, StoredDocument},
         page_token::PageToken,
     },
@@ -35,6 +37,8 @@ use crate::{
 #[derive(Clone)]
 pub struct KeySpace {
     connections: Connections,
+    /// Whose connections listings take.
+    lane: Lane,
     /// What every key of ours begins with.
     key_prefix: String,
     /// A scan reports larger values instead of reading them.
@@ -72,6 +76,8 @@ struct Reading {
     /// Whether to look up when each document expires.
     with_expiry: bool,
     deadline: Deadline,
+    /// For whom it reads, whoever asks for the next batch.
+    caller: Caller,
     servers: Servers,
     /// Where to go on; None at the end.
     position: Option<Position>,
@@ -92,13 +98,22 @@ impl KeySpace {
     /// A key takes this much at most, for the bound above.
     const MAX_KEY_BYTES: usize = 4_096;
     /// Bytes of documents that are read at once, unless one alone has more.
-    const BATCH_BYTES: usize = 1 << 20;
+    pub const BATCH_BYTES: usize = 1 << 20;
 
     pub fn new(connections: Connections, key_prefix: &str, max_document_bytes: usize) -> Self {
         Self {
             connections,
+            lane: Lane::Bulk,
             key_prefix: key_prefix.to_owned(),
             max_document_bytes,
+        }
+    }
+
+    /// The same keys by other connections.
+    pub fn by(&self, lane: Lane) -> Self {
+        Self {
+            lane,
+            ..self.clone()
         }
     }
 
@@ -187,12 +202,14 @@ impl KeySpace {
             keys: self.clone(),
             prefix: prefix.to_owned(),
             deadline,
+            caller: Caller::current(),
             position: Some(Position::START),
             found: VecDeque::new(),
             problems: Vec::new(),
         };
         Ok(stream::try_unfold(reading, |mut reading| async move {
-            let batch = reading.next().await?;
+            let caller = reading.caller;
+            let batch = caller.makes(reading.next()).await?;
             Ok(batch.map(|batch| (batch, reading)))
         }))
     }
@@ -302,7 +319,8 @@ impl KeySpace {
         deadline: Deadline,
     ) -> Result<Value, NotDone> {
         // Each step of a listing gets the time of one call.
-        let mut attempts = Attempts::at_read(&self.connections, deadline);
+        let traffic = Traffic::of(self.lane, 0);
+        let mut attempts = Attempts::at_read(&self.connections, traffic, deadline);
         while let Some(attempt) = attempts.next().await {
             let _measured = telemetry::redis_attempt(match name {
                 "SCAN" => RedisCommand::Scan,
@@ -311,25 +329,28 @@ impl KeySpace {
             let command = Command::at(node, name, arguments.clone());
             match attempt.run(command).await {
                 Ok(reply) => return Ok(reply),
-                Err(fault) => attempts.failed(&attempt, fault)?,
+                Err(fault) => attempts.failed(&attempt, fault.of_command(name))?,
             }
         }
         Err(attempts.used_up())
     }
 
-    /// The replies to one command on each of some keys, in one pipeline; None where
-    /// another type lives.
+    /// The replies to one command on each of some keys, in one pipeline, about so many
+    /// bytes together; None where another type lives.
     async fn read(
         &self,
         keys: &[GroupKey],
+        name: &'static str,
         command: impl Fn(&Place) -> Command,
+        bytes: usize,
         deadline: Deadline,
     ) -> Result<Vec<Option<Value>>, NotDone> {
         if keys.is_empty() {
             return Ok(Vec::new());
         }
         // Each step of a listing gets the time of one call.
-        let mut attempts = Attempts::at_read(&self.connections, deadline);
+        let traffic = Traffic::of(self.lane, bytes);
+        let mut attempts = Attempts::at_read(&self.connections, traffic, deadline);
         while let Some(attempt) = attempts.next().await {
             let _measured = telemetry::redis_attempt(RedisCommand::Scan);
             let commands: Option<Vec<_>> = {
@@ -355,7 +376,7 @@ impl KeySpace {
                             let _ = script::READ.load(&attempt, &node).await;
                         }
                     }
-                    attempts.failed(&attempt, fault)?;
+                    attempts.failed(&attempt, fault.of_command(name))?;
                 }
             }
         }
@@ -453,17 +474,11 @@ impl Reading {
         }
         let sizes = self
             .keys
-            .read(&keys, Command::str_len, self.deadline)
+            .read(&keys, "STRLEN", Command::str_len, 0, self.deadline)
             .await?;
         for (key, size) in keys.into_iter().zip(sizes) {
             match size.and_then(|size| size.as_usize()) {
-                Some(bytes) if bytes > self.keys.max_document_bytes => self.problem(
-                    &key,
-                    StoreError::StoredValueTooLarge {
-                        bytes,
-                        limit: self.keys.max_document_bytes,
-                    },
-                ),
+                Some(bytes) if bytes > self.keys.max_document_bytes => self.too_large(&key, bytes),
                 Some(bytes) => self.found.push_back((key, bytes)),
                 None => self.problem(&key, StoreError::ForeignType),
             }
@@ -481,33 +496,87 @@ impl Reading {
             room = room.saturating_sub(*bytes);
             keys.extend(self.found.pop_front().map(|(key, _)| key));
         }
-        let command = match self.with_expiry {
-            true => |place: &Place| script::READ.call(place, Vec::new()),
-            false => Command::get,
+        let bytes = KeySpace::BATCH_BYTES - room;
+        let mut read = self.read_keys(keys, self.with_expiry, bytes).await?;
+        // Without its expiry, an empty value looks like none.
+        let is_empty = |found: &Option<StoredDocument>| {
+            found
+                .as_ref()
+                .is_some_and(|found| found.document.json.is_empty())
         };
-        let values = self.keys.read(&keys, command, self.deadline).await?;
-        let mut documents = Vec::with_capacity(keys.len());
-        for (key, value) in keys.into_iter().zip(values) {
+        if !self.with_expiry {
+            let empty = read.extract_if(
+                ..,
+                |(_, value)| matches!(value, Some(Bounded::Whole(found)) if is_empty(found)),
+            );
+            let empty = empty.map(|(key, _)| key).collect();
+            read.extend(self.read_keys(empty, true, 0).await?);
+        }
+        let mut documents = Vec::with_capacity(read.len());
+        for (key, value) in read {
             match value {
                 // None: deleted or expired since it was found.
-                Some(value) => documents.extend(self.stored(key, value)?),
+                Some(Bounded::Whole(found)) => documents.extend(found),
+                // It was smaller when it was found.
+                Some(Bounded::Larger(bytes)) => self.too_large(&key, bytes),
                 None => self.problem(&key, StoreError::ForeignType),
             }
         }
         Ok(documents)
     }
 
-    /// What was read of a key, if anything.
-    fn stored(&self, key: GroupKey, value: Value) -> Result<Option<StoredDocument>, NotDone> {
-        if self.with_expiry {
-            let read = ScriptReply::parse(value).and_then(|reply| read_read_reply(&key, &reply));
-            // A reply that is no error and no document was not foreseen.
-            return read.map_err(|fault| StoreError::Bug(format!("READ: {fault:?}")).into());
+    /// Reads these keys; None where another type lives.
+    async fn read_keys(
+        &self,
+        keys: Vec<GroupKey>,
+        with_expiry: bool,
+        bytes: usize,
+    ) -> Result<Vec<(GroupKey, Option<Bounded<Option<StoredDocument>>>)>, NotDone> {
+        let most = self.keys.max_document_bytes;
+        let values = if with_expiry {
+            let command = |place: &Place| script::READ.call(place, vec![most.to_string().into()]);
+            self.keys
+                .read(&keys, "EVALSHA", command, bytes, self.deadline)
+                .await?
+        } else {
+            // One byte more shows that there are more.
+            let command = |place: &Place| Command::get_up_to(place, most + 1);
+            self.keys
+                .read(&keys, "GETRANGE", command, bytes, self.deadline)
+                .await?
+        };
+        let read = keys.into_iter().zip(values).map(|(key, value)| {
+            let value = match value {
+                Some(value) if with_expiry => Some(read_with_expiry(&key, value)?),
+                Some(value) => Some(self.read_without_expiry(&key, &value)),
+                None => None,
+            };
+            Ok((key, value))
+        });
+        read.collect()
+    }
+
+    fn read_without_expiry(
+        &self,
+        key: &GroupKey,
+        value: &Value,
+    ) -> Bounded<Option<StoredDocument>> {
+        let json = script::bytes(value).unwrap_or_default();
+        if json.len() > self.keys.max_document_bytes {
+            return Bounded::Larger(json.len());
         }
-        Ok(script::bytes(&value).map(|json| StoredDocument {
-            document: Document { key, json },
+        Bounded::Whole(Some(StoredDocument {
+            document: Document {
+                key: key.clone(),
+                json,
+            },
             expires: None,
         }))
+    }
+
+    fn too_large(&mut self, key: &GroupKey, bytes: usize) {
+        let limit = self.keys.max_document_bytes;
+        self.problem(key, StoreError::StoredValueTooLarge { bytes, limit });
     }
 
     fn problem(&mut self, key: &GroupKey, error: StoreError) {
@@ -516,6 +585,15 @@ impl Reading {
             error,
         });
     }
+}
+
+fn read_with_expiry(
+    key: &GroupKey,
+    value: Value,
+) -> Result<Bounded<Option<StoredDocument>>, NotDone> {
+    let read = ScriptReply::parse(value).and_then(|reply| read_read_reply(key, &reply));
+    // A reply that is no error and no document was not foreseen.
+    read.map_err(|fault| StoreError::Bug(format!("READ: {fault:?}")).into())
 }
 
 fn unless_foreign(reply: Result<Value, Fault>) -> Result<Option<Value>, Fault> {

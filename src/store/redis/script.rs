@@ -84,8 +84,13 @@ impl Script {
     }
 
     /// Calls a script that changes nothing.
-    pub async fn run(&self, attempt: &Attempt, place: &Place) -> Result<ScriptReply, Fault> {
-        let command = self.call(place, Vec::new());
+    pub async fn run(
+        &self,
+        attempt: &Attempt,
+        place: &Place,
+        arguments: Vec<Value>,
+    ) -> Result<ScriptReply, Fault> {
+        let command = self.call(place, arguments);
         let reply = match attempt.run(command.clone()).await {
             Err(Fault::NoScript) => {
                 Box::pin(self.load(attempt, &place.node)).await?;

@@ -87,9 +87,7 @@ pub async fn follow(way: Arc<Way>, deployment: SentinelDeployment) {
             let primary = &word.primary;
             tracing::info!(%primary, "the sentinels name another primary");
             // The old one is used until the new one is connected to.
-            if let Err(error) = way.move_to(primary).await {
-                way.events().cannot_connect(&error.to_string());
-            }
+            way.move_to(primary).await;
         }
         learn(word.others);
     }

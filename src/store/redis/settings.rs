@@ -26,8 +26,29 @@ pub struct RedisSettings {
     password: Option<Watched<String>>,
     database: Option<u8>,
     tls: Option<RedisTls>,
-    pool_size: usize,
-    timeout: Duration,
+    limits: RedisLimits,
+}
+
+/// How many connections there are, and how much and how long they are used.
+#[derive(Clone, Copy, Debug)]
+pub struct RedisLimits {
+    /// Connections for calls. There are three more: for PINGs, for large documents
+    /// and listings, and for what the service does by itself.
+    pub pool_size: usize,
+    /// The time one command on small documents gets at most.
+    pub timeout: Duration,
+    /// Bytes of large documents that may be on their way at once.
+    pub max_bulk_bytes: usize,
+}
+
+impl Default for RedisLimits {
+    fn default() -> Self {
+        Self {
+            pool_size: 2,
+            timeout: Duration::from_millis(250),
+            max_bulk_bytes: 16 << 20,
+        }
+    }
 }
 
 /// What comes from files.
@@ -53,12 +74,7 @@ pub struct Access {
 
 impl RedisSettings {
     /// Of a URL. The error does not repeat any part of it.
-    pub fn new(
-        url: &str,
-        files: RedisFiles,
-        pool_size: usize,
-        timeout: Duration,
-    ) -> Result<Self, String> {
+    pub fn new(url: &str, files: RedisFiles, limits: RedisLimits) -> Result<Self, String> {
         let url = RedisUrl::parse(url)?;
         let has_certificates = files.authorities.is_some() || files.identity.is_some();
         if has_certificates && !url.tls {
@@ -74,8 +90,7 @@ impl RedisSettings {
             password: files.password,
             database: url.database,
             tls: url.tls.then(tls).transpose()?,
-            pool_size,
-            timeout,
+            limits,
         })
     }
 
@@ -84,14 +99,9 @@ impl RedisSettings {
         self.credentials.username = Some(username);
     }
 
-    /// Number of connections.
-    pub fn pool_size(&self) -> usize {
-        self.pool_size
-    }
-
-    /// The time one command gets at most.
-    pub fn timeout(&self) -> Duration {
-        self.timeout
+    /// How many connections there are, and how much and how long they are used.
+    pub fn limits(&self) -> RedisLimits {
+        self.limits
     }
 
     /// Waits until a file has changed.
@@ -130,8 +140,7 @@ impl fmt::Debug for RedisSettings {
             .field("username", &self.credentials.username)
             .field("database", &self.database)
             .field("tls", &self.tls.is_some())
-            .field("pool_size", &self.pool_size)
-            .field("timeout", &self.timeout)
+            .field("limits", &self.limits)
             .finish_non_exhaustive()
     }
 }
@@ -199,7 +208,7 @@ mod tests {
             "redis-sentinel://u:s3cret@h?sentinelServiceName=m&sentinelPassword=s3cret",
         ] {
             let files = RedisFiles::default();
-            let settings = RedisSettings::new(url, files, 4, Duration::from_secs(1)).unwrap();
+            let settings = RedisSettings::new(url, files, RedisLimits::default()).unwrap();
             let shown = format!("{settings:?}");
             assert!(!shown.contains("s3cret"), "{shown}");
         }

@@ -11,6 +11,8 @@
 -- ARGV[7]  '' unless the answer to an earlier attempt was lost; then the
 --          least possible time at which that attempt was executed
 -- ARGV[8]  '' or a version that the new one must be greater than
+-- ARGV[9]  bytes of the largest document that is sent along with a refusal
+-- ARGV[10] bytes of the largest document that is looked at whole
 --
 -- written   {…, version, expiry in ms since 1970 or '-1', size, digest}; the
 --           last two, of an unreadable document that was replaced, may be absent
@@ -21,9 +23,10 @@ local TAIL_BYTES = 45
 
 local key, document, condition = KEYS[1], ARGV[1], ARGV[2]
 local write_id, lost_since = ARGV[6], ARGV[7]
+local largest_in_reply, largest = tonumber(ARGV[9]), tonumber(ARGV[10])
 
 if now > tonumber(ARGV[5]) then return reply('late') end
-local found, err = look_up(key)
+local found, err = look_up(key, largest)
 if not found then return refuse(err, lost_since) end
 
 local function expiry(ttl)
@@ -37,7 +40,7 @@ end
 
 local function conflict()
   if not found.exists then return reply('conflict', false) end
-  return reply('conflict', redis.call('GET', key), stored_expiry())
+  return reply_with_document('conflict', key, largest_in_reply, stored_expiry())
 end
 
 if was_written_by(write_id, found) then return reply('written', found.version, stored_expiry()) end
@@ -54,7 +57,7 @@ if lost_since ~= '' then
     if condition ~= 'any' then return conflict() end
   end
 elseif unreadable and condition ~= 'any' then
-  return reply('unreadable', redis.call('GET', key))
+  return reply_with_document('unreadable', key, largest_in_reply)
 elseif condition == 'absent' then
   if found.exists then return conflict() end
 elseif condition ~= 'any' then
@@ -73,13 +76,10 @@ if version > tonumber(MAX_RAISABLE) then return reply('out_of_range', lower) end
 version = digits(version)
 
 local size, digest
-if unreadable then
-  local replaced = redis.call('GET', key)
-  size, digest = tostring(#replaced), redis.sha1hex(replaced)
-end
+if unreadable then size, digest = last_trace(key, largest) end
 
 local left = ARGV[4] == '1' and redis.call('PTTL', key) or -1
-local keeps = left > 0
+local keeps = left >= 0 -- 0: less than a millisecond
 if not keeps then left = tonumber(ARGV[3]) end
 
 local function set(text)

@@ -25,18 +25,30 @@ const WRITES_PER_PIPELINE: usize = 100;
 /// has more: a pipeline gets no more time than one command.
 const BYTES_PER_PIPELINE: usize = 1 << 20;
 
-/// The bounds of an attempt in microseconds of the time of Redis, as arguments
-/// of the scripts.
-pub struct TimeBounds {
+/// What bounds an attempt, as arguments of the scripts: times in microseconds by the
+/// clock of Redis, sizes in bytes.
+pub struct ScriptLimits {
     /// Not executed later than this.
     pub deadline: Value,
     /// When an attempt whose answer is missing was executed at the earliest;
     /// empty if there is none.
     pub lost_since: Value,
+    /// The largest document that comes along with a refusal.
+    pub largest_in_reply: Value,
+    /// The largest value that is looked at whole.
+    pub largest: Value,
+}
+
+/// Something about what is stored, or how large that is where it was too large to
+/// come along.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Bounded<T> {
+    Whole(T),
+    Larger(usize),
 }
 
 /// The arguments of `write.lua`.
-pub fn arguments(write: &Write, bounds: &TimeBounds) -> Vec<Value> {
+pub fn arguments(write: &Write, limits: &ScriptLimits) -> Vec<Value> {
     let condition = match write.condition {
         Condition::Any => "any".into(),
         Condition::Absent => "absent".into(),
@@ -49,14 +61,17 @@ pub fn arguments(write: &Write, bounds: &TimeBounds) -> Vec<Value> {
     vec![
         Value::Bytes(write.head.unversioned(&write.write_id)),
         condition,
-        ttl.as_millis().to_string().into(),
+        // Redis takes no time to live of 0.
+        ttl.as_millis().max(1).to_string().into(),
         keep.into(),
-        bounds.deadline.clone(),
+        limits.deadline.clone(),
         write.write_id.as_str().into(),
-        bounds.lost_since.clone(),
+        limits.lost_since.clone(),
         write
             .newer_than
             .map_or("".into(), |version| version.to_string().into()),
+        limits.largest_in_reply.clone(),
+        limits.largest.clone(),
     ]
 }
 
@@ -77,32 +92,42 @@ pub fn pipelines(mut writes: &[Write]) -> Vec<&[Write]> {
 }
 
 /// What `write.lua` replied.
-pub fn read_write_reply(key: &GroupKey, reply: &ScriptReply) -> Result<WriteOutcome, Fault> {
-    match reply.status.as_str() {
+pub fn read_write_reply(
+    key: &GroupKey,
+    reply: &ScriptReply,
+) -> Result<Bounded<WriteOutcome>, Fault> {
+    let outcome = match reply.status.as_str() {
         "written" => {
-            if let (Some(bytes), Some(sha1)) = (reply.integer(2), reply.text(3)) {
-                let key = key.as_str();
+            if let Some(bytes) = reply.integer(2) {
+                let (key, sha1) = (key.as_str(), reply.text(3));
                 seldom!(warn, key, bytes, sha1, "replaced an unreadable document");
             }
-            Ok(WriteOutcome::Written(Written {
+            WriteOutcome::Written(Written {
                 version: version(reply, 0)?,
                 expires: expiry(reply, 1),
-            }))
+            })
         }
-        "conflict" => Ok(WriteOutcome::Conflict {
+        "conflict" => WriteOutcome::Conflict {
             current: stored(key, reply),
-        }),
-        "unreadable" => Err(unreadable(key, reply.bytes(0))),
-        _ => Err(reply.fault()),
-    }
+        },
+        "larger" => return larger(reply),
+        "unreadable" => return Err(unreadable(key, reply.bytes(0))),
+        _ => return Err(reply.fault()),
+    };
+    Ok(Bounded::Whole(outcome))
+}
+
+fn larger<T>(reply: &ScriptReply) -> Result<Bounded<T>, Fault> {
+    let bytes = reply.integer(0).and_then(|bytes| bytes.try_into().ok());
+    bytes.map(Bounded::Larger).ok_or_else(|| reply.fault())
 }
 
 /// What `delete.lua` replied.
-pub fn read_delete_reply(key: &GroupKey, reply: &ScriptReply) -> Result<Deletion, Fault> {
+pub fn read_delete_reply(key: &GroupKey, reply: &ScriptReply) -> Result<Bounded<Deletion>, Fault> {
     let (deleted, version) = match reply.status.as_str() {
         "deleted" => {
-            if let (Some(bytes), Some(sha1)) = (reply.integer(1), reply.text(2)) {
-                let key = key.as_str();
+            if let Some(bytes) = reply.integer(1) {
+                let (key, sha1) = (key.as_str(), reply.text(2));
                 seldom!(warn, key, bytes, sha1, "removed an unreadable document");
             }
             // None for the 0 of an unreadable document.
@@ -110,10 +135,11 @@ pub fn read_delete_reply(key: &GroupKey, reply: &ScriptReply) -> Result<Deletion
         }
         "absent" => (false, None),
         "conflict" => (false, Some(version(reply, 0)?)),
+        "larger" => return larger(reply),
         "unreadable" => return Err(unreadable(key, reply.bytes(0))),
         _ => return Err(reply.fault()),
     };
-    Ok(Deletion { deleted, version })
+    Ok(Bounded::Whole(Deletion { deleted, version }))
 }
 
 /// How long a delete has to wait for the clock of Redis to pass the version that
@@ -130,10 +156,11 @@ pub fn too_early_by(reply: &ScriptReply) -> Option<Duration> {
 pub fn read_read_reply(
     key: &GroupKey,
     reply: &ScriptReply,
-) -> Result<Option<StoredDocument>, Fault> {
+) -> Result<Bounded<Option<StoredDocument>>, Fault> {
     match reply.status.as_str() {
-        "absent" => Ok(None),
-        "read" => Ok(stored(key, reply)),
+        "absent" => Ok(Bounded::Whole(None)),
+        "read" => Ok(Bounded::Whole(stored(key, reply))),
+        "larger" => larger(reply),
         _ => Err(reply.fault()),
     }
 }
@@ -166,17 +193,22 @@ fn expiry(reply: &ScriptReply, at: usize) -> Option<Expires> {
     })
 }
 
-/// The script could not tell the version; parsing says why.
+/// The script could not tell the version.
 fn unreadable(key: &GroupKey, json: Option<Bytes>) -> Fault {
-    let document = Document {
+    Fault::Final(why_unreadable(&Document {
         key: key.clone(),
         json: json.unwrap_or_default(),
-    };
-    let why = document
-        .parse()
-        .err()
-        .unwrap_or_else(|| Unreadable::new(&document.json, "Redis cannot parse it as JSON".into()));
-    Fault::Final(StoreError::Unreadable(why))
+    }))
+}
+
+/// Why a document has no version: parsing says it.
+pub fn why_unreadable(document: &Document) -> StoreError {
+    let why = document.parse().err();
+    StoreError::Unreadable(
+        why.unwrap_or_else(|| {
+            Unreadable::new(&document.json, "Redis cannot parse it as JSON".into())
+        }),
+    )
 }
 
 #[cfg(test)]
