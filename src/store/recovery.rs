@@ -283,6 +283,7 @@ impl Watch {
     /// Looks at the server, then writes the probe keys as groups are written.
     async fn probe_write(&self) -> Result<Server, NotDone> {
         let mut known = self.server.lock().await;
+        self.use_all_rights().await?;
         let look = self.look(known.as_ref()).await?;
         let refreshed = match known.as_ref() {
             Some(known) if look.server == Server::Same => self.refresh(&known.probes).await?,
@@ -295,7 +296,6 @@ impl Watch {
             }
             None => self.new_probes(&look.run_id).await?,
         };
-        self.use_all_rights().await?;
         self.check_policy(known.as_ref(), &look);
         *known = Some(KnownServer {
             run_id: look.run_id,
@@ -369,6 +369,7 @@ impl Watch {
     async fn use_all_rights(&self) -> Result<(), NotDone> {
         let name = self.write_ids.next();
         let used = self.redis.probe_keys(&name).into_iter().map(async |key| {
+            self.redis.use_all_rights(&key).await?;
             self.write_probe(&key, Condition::Any).await?;
             self.redis
                 .read_document(&key, true, 0, Deadline::NONE)

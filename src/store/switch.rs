@@ -57,6 +57,9 @@ pub struct SwitchStatus {
     pub reason: String,
 }
 
+/// The reason until the first probe has failed.
+const NOT_YET: &str = "Redis has not answered yet";
+
 // === impl Switch ===
 
 impl Switch {
@@ -71,7 +74,7 @@ impl Switch {
                 state: breaker.state().name(),
                 period: breaker.period(),
                 since: Time::now(),
-                reason: "Redis has not answered yet".into(),
+                reason: NOT_YET.into(),
             }),
             inner: Mutex::new(Inner {
                 breaker,
@@ -121,10 +124,16 @@ impl Switch {
         }
     }
 
-    /// The start does not wait for Redis any longer.
+    /// The start does not wait for Redis any longer. `reason`: why it has not
+    /// answered, if no probe has said so.
     pub fn give_up_start(&self, reason: &str) {
         let mut inner = self.lock();
         if !inner.breaker.is_closed() {
+            let known = self.status().reason;
+            let reason = match known.as_str() {
+                NOT_YET => reason,
+                known => known,
+            };
             self.publish(&inner, reason);
             inner.announce(reason);
         }

@@ -100,6 +100,7 @@ label! {
         MaxConcurrentCalls = "max-concurrent-calls",
         MaxInflightBytes = "max-inflight-bytes",
         MaxScans = "max-scans",
+        RedisMaxBulkBytes = "redis-max-bulk-bytes",
     }
 }
 

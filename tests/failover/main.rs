@@ -7,10 +7,12 @@
 mod common;
 
 mod cluster;
+mod large;
 mod life;
 mod mirror;
 mod opening;
 mod recovery;
+mod refusals;
 mod sentinel;
 
 use std::time::Duration;

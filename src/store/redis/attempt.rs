@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     store::{Deadline, StoreError},
-    telemetry::{self, RedisRequest, RedisSpan},
+    telemetry::{self, Limit, RedisRequest, RedisSpan},
 };
 
 /// The attempts at one call.
@@ -47,6 +47,8 @@ pub struct Attempts<'a> {
     trail: Option<&'a Trail>,
     /// When the last attempt is given up.
     end: Instant,
+    /// The time that this process had lost before the first attempt.
+    lost_before: Duration,
     /// Whether `end` is the caller's own and sooner than ours.
     hurried: bool,
     made: u32,
@@ -185,6 +187,7 @@ impl<'a> Attempts<'a> {
             traffic,
             trail,
             end: deadline.instant().map_or(ours, |at| at.min(ours)),
+            lost_before: connections.stalls().lost(),
             hurried: deadline.instant().is_some_and(|at| at < ours),
             made: 0,
             timed_out: false,
@@ -229,12 +232,14 @@ impl<'a> Attempts<'a> {
                 // and after what others have written in between.
                 trail.end().await;
             }
-            let Ok(share) = tokio::time::timeout_at(self.end, self.share()).await else {
+            let share = tokio::time::timeout_at(self.end, self.share()).await;
+            let now = Instant::now();
+            let Ok(share) = share else {
                 self.no_turn = true;
                 return None;
             };
-            let now = Instant::now();
             if now >= self.end {
+                self.no_turn = share.is_some();
                 return None;
             }
             self.made += 1;
@@ -315,6 +320,7 @@ impl<'a> Attempts<'a> {
             // What may have been executed must not be reported as if it was not.
             StoreError::OutcomeUnknown
         } else if self.no_turn {
+            telemetry::call_shed(Limit::RedisMaxBulkBytes);
             StoreError::TooMuchAtOnce {
                 limit: self.connections.bulk().most(),
             }
@@ -324,8 +330,12 @@ impl<'a> Attempts<'a> {
             StoreError::Unavailable(format!("Redis does not answer: {}", self.reason))
         };
         // Large documents may take longer than a call has, and those who wait for them
-        // say nothing of Redis: its health is judged on another connection.
-        let is_slow = self.timed_out && self.traffic.is_bulky();
+        // say nothing of Redis: its health is judged on another connection. Nor does
+        // time that we have lost ourselves.
+        let lost = self.connections.stalls().lost() - self.lost_before;
+        let was_held_up = lost >= self.connections.timeout() / 2;
+        let out_of_time = self.timed_out || self.made == 0;
+        let is_slow = out_of_time && (self.traffic.is_bulky() || was_held_up);
         if self.no_turn || is_slow {
             NotDone::answered(error)
         } else if in_a_hurry {

@@ -17,6 +17,7 @@ use super::{
     link::{Lane, Link, LinkSettings, NoPong, lock},
     sentinel,
     settings::{Access, RedisSettings},
+    stalls::Stalls,
     topology::Topology,
     url::Deployment,
 };
@@ -42,6 +43,7 @@ pub struct Way {
     moving: tokio::sync::Mutex<()>,
     events: Arc<Events>,
     bulk: BulkBudget,
+    stalls: Arc<Stalls>,
 }
 
 // === impl Connections ===
@@ -67,8 +69,10 @@ impl Connections {
             moving: tokio::sync::Mutex::default(),
             events: Arc::new(Events::new()),
             bulk: BulkBudget::new(limits.max_bulk_bytes),
+            stalls: Arc::new(Stalls::new()),
         });
         let mut tasks = JoinSet::new();
+        tasks.spawn(way.stalls.clone().measure());
         match deployment {
             Deployment::Sentinel(deployment) => {
                 tasks.spawn(sentinel::follow(way.clone(), deployment));
@@ -134,18 +138,25 @@ impl Connections {
     }
 
     /// Asks whether Redis is there, each of its servers, over the connection
-    /// `index` or over any.
+    /// `index` or over any. Time that this process loses is not counted.
     pub async fn ping(&self, index: Option<usize>, bound: Duration) -> Result<(), NoPong> {
-        let end = Instant::now() + bound;
-        while Instant::now() < end {
-            if let Some(link) = self.link()
-                && let Some(pong) = link.ping(index, end).await
-            {
-                return pong;
+        let sent = Instant::now();
+        let ping = async {
+            loop {
+                if let Some(link) = self.link()
+                    && let Some(pong) = link.ping(index).await
+                {
+                    return pong;
+                }
+                tokio::time::sleep(Self::CONNECTED_POLL).await;
             }
-            tokio::time::sleep(Self::CONNECTED_POLL).await;
+        };
+        match self.stalls().within(sent + bound, ping).await {
+            Some(pong) => pong,
+            // It is no silence where the PINGs wait behind other replies.
+            None if self.link().is_some_and(|link| link.is_busy(index, sent)) => Err(NoPong::Busy),
+            None => Err(NoPong::Silence),
         }
-        Err(NoPong::Silence)
     }
 
     /// Replaces the connection `index`, whatever it is waiting for.
@@ -163,6 +174,11 @@ impl Connections {
     /// What may be on its way at once of large documents.
     pub fn bulk(&self) -> &BulkBudget {
         &self.way.bulk
+    }
+
+    /// The time that this process has lost.
+    pub fn stalls(&self) -> &Stalls {
+        &self.way.stalls
     }
 
     /// The time one command gets at most.

@@ -198,7 +198,7 @@ impl Link {
 
     /// PINGs over one connection, or over any, each of the servers. None where
     /// there is no connection, or it broke: the next one may be there in time.
-    pub async fn ping(&self, index: Option<usize>, end: Instant) -> Option<Result<(), NoPong>> {
+    pub async fn ping(&self, index: Option<usize>) -> Option<Result<(), NoPong>> {
         let connection = match index {
             Some(index) => self.connections.get(index),
             None => self.connection(Lane::Health),
@@ -208,7 +208,6 @@ impl Link {
         if !connection.is_connected() || nodes.is_empty() {
             return None;
         }
-        let sent = Instant::now();
         let client = connection.client();
         let pings = nodes.iter().map(async |node| {
             let pong = ping_node(&client, node).await;
@@ -217,15 +216,7 @@ impl Link {
             }
             pong
         });
-        let Ok(pongs) = tokio::time::timeout_at(end, join_all(pings)).await else {
-            // It is no silence where the PINGs wait behind other replies.
-            let is_busy = connection.all_answered_since(&nodes, sent);
-            return Some(Err(if is_busy {
-                NoPong::Busy
-            } else {
-                NoPong::Silence
-            }));
-        };
+        let pongs = join_all(pings).await;
         if pongs.iter().all(Result::is_ok) {
             return Some(Ok(()));
         }
@@ -234,6 +225,14 @@ impl Link {
             .map(|error| error.details().to_owned())
             .filter(|text| is_reply_of_redis(text));
         refusals.next().map(|refusal| Err(NoPong::Refused(refusal)))
+    }
+
+    /// Whether every server has answered something over the connection `index` since
+    /// then.
+    pub fn is_busy(&self, index: Option<usize>, since: Instant) -> bool {
+        let connection = index.and_then(|index| self.connections.get(index));
+        let nodes = self.topology().nodes();
+        connection.is_some_and(|connection| connection.all_answered_since(&nodes, since))
     }
 
     /// Replaces one connection, whatever it is waiting for.

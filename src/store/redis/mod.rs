@@ -7,6 +7,7 @@
 //! | `url.rs`, `settings.rs`, `tls.rs` | where Redis is and how to reach it |
 //! | `link.rs` | the connections to a server or cluster, and what is known of their other end |
 //! | `renewable.rs`, `events.rs` | one connection, and how a new one takes its place; what happens to them |
+//! | `stalls.rs` | the time that this process itself has lost |
 //! | `bulk.rs` | how much may be on its way at once of large documents |
 //! | `connection.rs` | the link that is used now, and how it gives way to another |
 //! | `sentinel.rs` | the primary, as sentinels name it |
@@ -32,6 +33,7 @@ mod script;
 mod sentinel;
 mod server_info;
 mod settings;
+mod stalls;
 mod tls;
 mod topology;
 mod url;
@@ -361,6 +363,27 @@ impl RedisStore {
             .collect()
     }
 
+    /// Uses each right that calls need, on a key of which nothing remains. Inside a
+    /// script Redis would not say which one is missing.
+    pub async fn use_all_rights(&self, key: &GroupKey) -> Result<(), NotDone> {
+        let name = self.keys.redis_key(key);
+        let commands: [(&'static str, &[&str]); 7] = [
+            ("SET", &["", "PX", "1000"]),
+            ("GET", &[]),
+            ("GETRANGE", &["0", "0"]),
+            ("STRLEN", &[]),
+            ("PTTL", &[]),
+            ("EXISTS", &[]),
+            ("DEL", &[]),
+        ];
+        for (command, arguments) in commands {
+            let key = std::iter::once(name.as_str().into());
+            let arguments = key.chain(arguments.iter().map(|&word| word.into()));
+            self.use_right(&name, command, arguments.collect()).await?;
+        }
+        Ok(())
+    }
+
     /// Asks over any connection whether Redis is there, each of its servers.
     pub async fn ping_any(&self, bound: Duration) -> Result<(), NoPong> {
         self.connections.ping(None, bound).await
@@ -486,6 +509,32 @@ impl RedisStore {
             .run_write(attempt, trail, &script::WRITE, &place, arguments)
             .await?;
         write::read_write_reply(key, &reply)
+    }
+
+    async fn use_right(
+        &self,
+        key: &str,
+        command: &'static str,
+        arguments: Vec<Value>,
+    ) -> Result<(), NotDone> {
+        let mut attempts = Attempts::at_read(&self.connections, self.traffic(0), Deadline::NONE);
+        while let Some(attempt) = attempts.next().await {
+            let _measured = telemetry::redis_attempt(RedisCommand::Other);
+            let place = attempt.link.topology().place(key.to_owned());
+            let used = match place {
+                Some(place) => {
+                    attempt
+                        .run(Command::on(&place, command, arguments.clone()))
+                        .await
+                }
+                None => Err(Fault::NotRun(Topology::NO_SERVER.into())),
+            };
+            match used {
+                Ok(_) => return Ok(()),
+                Err(fault) => attempts.failed(&attempt, fault)?,
+            }
+        }
+        Err(attempts.used_up())
     }
 
     async fn try_remove(
