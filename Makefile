@@ -46,6 +46,7 @@ bench-check: tools ## Count the instructions of the pieces of a call, and compar
 
 abuse: ## Misbehave as clients in every way at full size, and print what it costs; ABUSE=Idle does one
 	cargo test --release --locked --test front_door at_full_size -- --ignored --nocapture
+	cargo test --release --locked --test failover large::a_thousand -- --ignored --nocapture
 
 fuzz: ## Try made-up inputs on everything that reads bytes from outside, FUZZ_SECONDS=60 each; needs a nightly compiler
 	fuzz/run $(FUZZ_SECONDS)
