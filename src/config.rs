@@ -75,7 +75,7 @@ pub struct Settings {
     /// Bytes of documents larger than 16 KiB that are on their way to or from Redis at once.
     /// What comes on top waits, in turn for each connection of a client.
     #[arg(long, env = "GROUPSTATE_REDIS_MAX_BULK_BYTES", value_name = "SIZE",
-          default_value = "16MiB", value_parser = size)]
+          default_value = "4MiB", value_parser = size)]
     pub redis_max_bulk_bytes: usize,
 
     /// Time that one Redis command gets at most; 1ms to 1m. Each MiB of a document larger than

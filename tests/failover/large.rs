@@ -94,7 +94,8 @@ async fn loads_beside_a_writer(loads: usize) -> Vec<Duration> {
         };
         match scene.client.store(request).await {
             Ok(stored) => {
-                assert_eq!(stored.into_inner().backend, REDIS);
+                let backend = stored.into_inner().backend;
+                assert_eq!(backend, REDIS, "{:#?}", scene.service.log());
                 acknowledged += 1;
             }
             // The service had no time for it.

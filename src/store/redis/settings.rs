@@ -46,7 +46,7 @@ impl Default for RedisLimits {
         Self {
             pool_size: 2,
             timeout: Duration::from_millis(250),
-            max_bulk_bytes: 16 << 20,
+            max_bulk_bytes: 4 << 20,
         }
     }
 }
