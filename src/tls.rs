@@ -9,7 +9,7 @@ use tokio_rustls::{
         self, CertificateError, RootCertStore, ServerConfig,
         crypto::{CryptoProvider, ring},
         pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-        server::WebPkiClientVerifier,
+        server::{NoServerSessionStorage, WebPkiClientVerifier},
         sign::{CertifiedKey, SingleCertAndKey},
     },
 };
@@ -149,7 +149,7 @@ impl ServerTls {
             () = client_ca => {}
         }
         match config(&self.identity, self.client_ca.as_ref()) {
-            // With a new store of sessions: who was trusted before has to show it anew.
+            // With a new store of sessions.
             Ok(config) => self.config = config,
             // Each was found good when it was read.
             Err(error) => tracing::error!(error, "new certificates cannot be used"),
@@ -183,6 +183,12 @@ fn config(
     };
     let mut config = config.with_cert_resolver(Arc::new(SingleCertAndKey::from(certified)));
     config.alpn_protocols = vec![ALPN.to_vec()];
+    if client_ca.is_some() {
+        // A session that is resumed shows no certificate: one that has expired would be good
+        // for as long as its owner resumes.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+    }
     Ok(Arc::new(config))
 }
 

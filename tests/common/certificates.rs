@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use rcgen::{
@@ -23,12 +24,14 @@ pub struct Issued {
     pub key: String,
 }
 
-/// The years in which a certificate is valid.
+/// The time in which a certificate is valid.
 #[derive(Clone, Copy)]
 pub enum Valid {
     Now,
     /// No longer.
     Once,
+    /// For so long, in whole seconds.
+    For(Duration),
 }
 
 /// When certificates that are valid now expire: the beginning of 2096.
@@ -85,6 +88,10 @@ fn params(name: &str, valid: Valid) -> CertificateParams {
     params.not_after = match valid {
         Valid::Now => date_time_ymd(2096, 1, 1),
         Valid::Once => date_time_ymd(2021, 1, 1),
+        Valid::For(time) => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+            date_time_ymd(1970, 1, 1) + now + time
+        }
     };
     params
 }

@@ -8,6 +8,7 @@ mod abuse;
 mod clients;
 mod limits;
 mod random;
+mod resumption;
 mod rotation;
 mod settings;
 mod wire;
