@@ -6,7 +6,7 @@
 //! | `/readyz` | 200 while calls are served, from memory too; 503 while stopping |
 //! | `/health` | what answers, since when and why, as JSON |
 //! | `/metrics` | what was counted, for Prometheus |
-//! | `/loglevel` | the level of the log; PUT, from this machine or with a token, sets it |
+//! | `/loglevel` | the level of the log; PUT sets it, with a token, or without tokens from this machine |
 
 use std::{
     net::SocketAddr,
@@ -69,7 +69,7 @@ pub struct Admin {
     failover: Option<Failover>,
     instance: InstanceId,
     phase: AtomicU8,
-    /// Who may change something from elsewhere; None: nobody.
+    /// Who may change something; None: whoever calls from this machine.
     tokens: Option<Watched<Tokens>>,
     metrics: Option<PrometheusHandle>,
     /// None if this process writes its log elsewhere.
@@ -88,7 +88,8 @@ pub enum Phase {
 /// Why a request is not done, for people.
 type Refusal = (StatusCode, String);
 
-/// The request comes from this machine, or with a token.
+/// The request comes with a token; where there are none, from this machine. Beside tokens a
+/// loopback address proves nothing: the other containers of a pod have it too.
 struct Allowed;
 
 /// The body of `/health`.
@@ -163,7 +164,7 @@ impl Admin {
         }
     }
 
-    /// The same, which whoever has a token may change from elsewhere.
+    /// The same, which whoever has a token may change, and nobody else.
     pub fn open_to(self, tokens: Option<Watched<Tokens>>) -> Self {
         Self { tokens, ..self }
     }
@@ -349,7 +350,7 @@ async fn set_log_level(
     })?;
     Ok(match admin.log()?.set(level) {
         Some(then) => {
-            let minutes = LogControl::VERBOSE_FOR.as_secs() / 60;
+            let minutes = LogControl::SET_FOR.as_secs() / 60;
             format!("{name} for {minutes} minutes, then {}\n", then.name())
         }
         None => format!("{name}\n"),
@@ -363,16 +364,17 @@ impl FromRequestParts<Arc<Admin>> for Allowed {
 
     async fn from_request_parts(parts: &mut Parts, admin: &Arc<Admin>) -> Result<Self, Refusal> {
         let peer = parts.extensions.get::<ConnectInfo<SocketAddr>>();
-        // An IPv4 peer of an IPv6 socket has an address of both.
-        if peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback()) {
-            return Ok(Self);
-        }
         let Some(tokens) = &admin.tokens else {
+            // An IPv4 peer of an IPv6 socket has an address of both.
+            if peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback()) {
+                return Ok(Self);
+            }
             let text = "this may only be done from the machine or pod itself: \
                         send it to a loopback address\n";
             return Err((StatusCode::FORBIDDEN, text.into()));
         };
-        match tokens.current().check(&parts.headers) {
+        let peer = peer.map(|peer| peer.0);
+        match tokens.current().admit(&parts.headers, peer) {
             Ok(()) => Ok(Self),
             Err(rejection) => Err((StatusCode::UNAUTHORIZED, format!("{rejection}\n"))),
         }
@@ -391,7 +393,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn the_log_level_is_set_from_this_machine_or_with_a_token() {
+    async fn the_log_level_is_set_with_a_token_or_without_tokens_from_this_machine() {
         let instance = InstanceId::random();
         let memory = MemoryStore::new(1 << 20, instance.clone());
         let tokens = || Some(Watched::fixed(Tokens::parse(b"t0ken").unwrap()));
@@ -417,9 +419,15 @@ mod tests {
             "[::1]:1",
             "[::ffff:127.0.0.1]:1",
         ] {
-            for admin in [&closed, &open] {
-                let status = put(admin, Some(here), None).await;
-                assert_eq!(status, StatusCode::BAD_REQUEST, "{here}");
+            for (admin, token, expected) in [
+                (&closed, None, StatusCode::BAD_REQUEST),
+                // A sidecar has this address, too.
+                (&open, None, StatusCode::UNAUTHORIZED),
+                (&open, Some("other"), StatusCode::UNAUTHORIZED),
+                (&open, Some("t0ken"), StatusCode::BAD_REQUEST),
+            ] {
+                let status = put(admin, Some(here), token).await;
+                assert_eq!(status, expected, "{here} {token:?}");
             }
         }
         for elsewhere in [

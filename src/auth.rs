@@ -1,9 +1,11 @@
 //! Who may call: bearer tokens.
 
-use std::fmt;
+use std::{fmt, net::SocketAddr};
 
 use http::{HeaderMap, header::AUTHORIZATION};
 use subtle::{Choice, ConstantTimeEq};
+
+use crate::telemetry::{self, AuthenticationFailure, seldom};
 
 /// The tokens that are accepted; at least one.
 pub struct Tokens(Vec<Vec<u8>>);
@@ -52,9 +54,19 @@ impl Tokens {
         Ok(Self(tokens))
     }
 
+    /// Checks the `authorization` of a request from `peer`; who is not let in is counted, and
+    /// the log is told.
+    pub fn admit(&self, headers: &HeaderMap, peer: Option<SocketAddr>) -> Result<(), Rejection> {
+        self.check(headers).inspect_err(|rejection| {
+            telemetry::authentication_failed(rejection.counts_as());
+            let peer = peer.map(tracing::field::display);
+            seldom!(warn, peer, reason = %rejection, "a call was refused for want of a valid token");
+        })
+    }
+
     /// Checks the `authorization` of a request. How long it takes tells of the
     /// tokens no more than how long they are.
-    pub fn check(&self, headers: &HeaderMap) -> Result<(), Rejection> {
+    fn check(&self, headers: &HeaderMap) -> Result<(), Rejection> {
         let mut values = headers.get_all(AUTHORIZATION).iter();
         let value = values.next().ok_or(Rejection::Missing)?;
         let (scheme, token) = value
@@ -69,6 +81,18 @@ impl Tokens {
             Ok(())
         } else {
             Err(Rejection::Unknown)
+        }
+    }
+}
+
+// === impl Rejection ===
+
+impl Rejection {
+    fn counts_as(self) -> AuthenticationFailure {
+        match self {
+            Self::Missing => AuthenticationFailure::NoToken,
+            Self::Malformed => AuthenticationFailure::MalformedToken,
+            Self::Unknown => AuthenticationFailure::UnknownToken,
         }
     }
 }

@@ -12,8 +12,8 @@ use http::{Uri, uri::Scheme};
 use tokio::task::JoinSet;
 
 use self::value::{
-    connection_age, count, duration, inflight_size, key_prefix, key_size, ratio, redis_timeout,
-    reload_interval, size, trip_after,
+    age_grace, connection_age, count, duration, inflight_size, key_prefix, key_size, ratio,
+    redis_timeout, reload_interval, size, trip_after,
 };
 use crate::{
     auth::Tokens,
@@ -220,9 +220,24 @@ pub struct Settings {
           value_parser = connection_age)]
     pub max_connection_age: Duration,
 
+    /// How long a client may go on with a connection of that age: then its calls are refused, and the
+    /// connection is closed when those in flight have ended; 1s to 1h.
+    #[arg(long, env = "GROUPSTATE_MAX_CONNECTION_AGE_GRACE", value_name = "DURATION", default_value = "10s",
+          value_parser = age_grace)]
+    pub max_connection_age_grace: Duration,
+
     /// ListKeys, Size and LoadAll calls at once; more are refused.
     #[arg(long, env = "GROUPSTATE_MAX_SCANS", value_name = "COUNT", default_value = "4", value_parser = count)]
     pub max_scans: usize,
+
+    /// Whether clients may ask what there is to call (server reflection), as grpcurl does.
+    #[arg(
+        long,
+        env = "GROUPSTATE_REFLECTION",
+        value_name = "ON_OR_OFF",
+        default_value = "on"
+    )]
+    pub reflection: OnOff,
 
     /// File with the certificate of this server in PEM, its chain below it: gRPC speaks TLS only.
     #[arg(
@@ -307,6 +322,13 @@ pub struct RedisWatchers {
     password: Option<Watcher<String>>,
     authorities: Option<Watcher<Authorities>>,
     identity: Option<Watcher<Identity>>,
+}
+
+/// A thing that is there or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnOff {
+    On,
+    Off,
 }
 
 /// See `--log-level`.

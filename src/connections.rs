@@ -38,7 +38,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     accept::{Newest, pause_after},
     cork::Corked,
-    grpc::{envelope::Envelope, services::Services},
+    grpc::{envelope::Envelope, head::MAX_HEADER_LIST_BYTES, services::Services},
     tasks::Tasks,
     telemetry::{self, ConnectionFailure, seldom},
     tls::{self, ServerTls},
@@ -53,6 +53,8 @@ pub struct ConnectionLimits {
     /// After about this time a client is asked to open another one. Calls in
     /// flight go on.
     pub max_age: Duration,
+    /// The time that it has for that: afterwards no call is served.
+    pub age_grace: Duration,
     /// Calls at once on one connection.
     pub max_streams: u32,
 }
@@ -63,6 +65,7 @@ struct Shared {
     tasks: Tasks,
     max_streams: u32,
     max_age: Duration,
+    age_grace: Duration,
     waits: Arc<Waits>,
     open: TaskTracker,
     /// Connections are to end when their calls have.
@@ -114,6 +117,13 @@ const AGE_JITTER: f64 = 0.1;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(60);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// What may come on a connection before it is read, of one call or of all. It lies in h2 and
+/// is not counted: a hundred clients that send more than we read would hold as many windows.
+const WINDOW_BYTES: u32 = 256 << 10;
+
+/// The time that replies get to leave a connection that is closed after its last call.
+const LAST_REPLIES: Duration = Duration::from_secs(5);
+
 /// Files that are open for other things than connections of clients: connections
 /// to Redis and of the HTTP port.
 const OTHER_FILES: u64 = 512;
@@ -158,6 +168,7 @@ pub async fn serve(
         tasks: Tasks::start(),
         max_streams: limits.max_streams,
         max_age: limits.max_age,
+        age_grace: limits.age_grace,
         waits,
         open: TaskTracker::new(),
         closing: CancellationToken::new(),
@@ -210,6 +221,9 @@ fn http2(tasks: Tasks, max_streams: u32) -> http2::Builder<Tasks> {
         .keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .max_concurrent_streams(max_streams)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .max_header_list_size(MAX_HEADER_LIST_BYTES)
         // Calls that were cancelled before they were looked at. By itself h2 ends a
         // connection at 20 of them, as a flood, with all calls on it: a client in a
         // hurry comes to that when this process is held up for a moment.
@@ -263,6 +277,11 @@ impl Shared {
                     Failure::Timeout => ConnectionFailure::Timeout,
                     _ => ConnectionFailure::Handshake,
                 });
+                if let Failure::Tls(error) = &failure
+                    && let Some(reason) = tls::authentication_failure(error)
+                {
+                    telemetry::authentication_failed(reason);
+                }
                 seldom!(warn, %peer, reason = %failure, "a connection was refused");
             }
         }
@@ -295,9 +314,31 @@ impl Shared {
                 () = tokio::time::sleep(self.max_age.mul_f64(jitter())) => {}
                 () = self.closing.cancelled() => {}
             }
-            // No more calls are taken; those that there are end in their own time.
+            // No more calls are taken; those that there are end in their own time. But HTTP/2
+            // has the client agree: until it answers a PING, its calls are taken.
+            connected.leave();
             connection.as_mut().graceful_shutdown();
-            connection.await.map_err(io::Error::other)
+            tokio::select! {
+                result = &mut connection => return result.map_err(io::Error::other),
+                () = tokio::time::sleep(self.age_grace) => {}
+            }
+            let retired = async {
+                connected.retire().await;
+                tokio::time::sleep(LAST_REPLIES).await;
+            };
+            tokio::select! {
+                result = &mut connection => result.map_err(io::Error::other),
+                () = retired => {
+                    telemetry::connection_failed(ConnectionFailure::Age);
+                    seldom!(
+                        info,
+                        %peer,
+                        "a connection was closed: its client went on with it beyond \
+                         --max-connection-age and --max-connection-age-grace"
+                    );
+                    Ok(())
+                }
+            }
         };
         tokio::select! {
             result = io.turns(served) => if let Err(error) = result {

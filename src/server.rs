@@ -13,7 +13,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use crate::{
     admin::{Admin, Phase},
     auth::Tokens,
-    config::Settings,
+    config::{OnOff, Settings},
     connections::{self, ConnectionLimits},
     grpc::{
         self,
@@ -240,6 +240,7 @@ impl Server {
             max_concurrent_calls: settings.max_concurrent_calls,
             max_inflight_bytes: settings.max_inflight_bytes,
             max_request_bytes: settings.max_request_bytes,
+            reflection: settings.reflection == OnOff::On,
         };
         let others = Routes::new(health_service)
             .add_service(reflection().build_v1().map_err(io::Error::other)?)
@@ -265,6 +266,7 @@ impl Server {
         let limits = ConnectionLimits {
             max_connections: connections::within_open_files(settings.max_connections),
             max_age: settings.max_connection_age,
+            age_grace: settings.max_connection_age_grace,
             max_streams: settings.max_streams_per_connection,
         };
         let serve = connections::serve(self.grpc, self.tls, limits, waits, envelope, async {

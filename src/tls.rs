@@ -17,7 +17,7 @@ use x509_cert::{Certificate, der::Decode};
 
 use crate::{
     reload::Watched,
-    telemetry::{self, FileSetting},
+    telemetry::{self, AuthenticationFailure, FileSetting},
 };
 
 /// A certificate with its chain, and its key.
@@ -190,6 +190,16 @@ fn config(
         config.send_tls13_tickets = 0;
     }
     Ok(Arc::new(config))
+}
+
+/// What a failed handshake counts as, if its client did not show who it is.
+pub fn authentication_failure(error: &io::Error) -> Option<AuthenticationFailure> {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
+    match inner? {
+        rustls::Error::NoCertificatesPresented => Some(AuthenticationFailure::NoCertificate),
+        rustls::Error::InvalidCertificate(_) => Some(AuthenticationFailure::BadCertificate),
+        _ => None,
+    }
 }
 
 /// What a failed handshake means, for who reads the log.

@@ -12,13 +12,16 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
 };
 
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{
+    sync::{CancellationToken, WaitForCancellationFutureOwned},
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
 
 use crate::telemetry::{self, ConnectionFailure, seldom};
 
@@ -43,6 +46,12 @@ pub struct Client {
     bytes: AtomicUsize,
     /// It has to be closed.
     closing: CancellationToken,
+    /// Its client is asked to open another one.
+    leaving: CancellationToken,
+    /// The client has been asked and did not listen: no call is served any more.
+    is_retired: AtomicBool,
+    /// Its open calls.
+    open: TaskTracker,
 }
 
 /// A connection that is open as long as this is held.
@@ -54,6 +63,7 @@ pub struct Connected(Arc<Client>);
 pub struct Wait {
     client: Arc<Client>,
     bytes: usize,
+    _open: TaskTrackerToken,
 }
 
 /// How much is held.
@@ -102,6 +112,9 @@ impl Waits {
             calls: AtomicUsize::new(0),
             bytes: AtomicUsize::new(0),
             closing: CancellationToken::new(),
+            leaving: CancellationToken::new(),
+            is_retired: AtomicBool::new(false),
+            open: TaskTracker::new(),
         });
         clients.connected.insert(id, client.clone());
         Connected(client)
@@ -192,6 +205,9 @@ impl Client {
     /// A reply that may always be made: as many as there may be calls take little.
     const SMALL: usize = 16 << 10;
 
+    /// A request of which so much may always wait for the rest.
+    const SMALL_REQUEST: usize = 2 << 10;
+
     /// A reply takes about twice its size: its parts, and what they are made from or
     /// into.
     const REPLY_COSTS: usize = 2;
@@ -209,6 +225,7 @@ impl Client {
         Wait {
             client: self.clone(),
             bytes: 0,
+            _open: self.open.token(),
         }
     }
 
@@ -217,12 +234,25 @@ impl Client {
         self.closing.is_cancelled()
     }
 
+    /// Waits until the client is asked to open another connection: streams that have no
+    /// end of their own end then.
+    pub fn leaving(&self) -> WaitForCancellationFutureOwned {
+        self.leaving.clone().cancelled_owned()
+    }
+
+    /// Whether calls that come now are too late.
+    pub fn is_retired(&self) -> bool {
+        self.is_retired.load(Relaxed)
+    }
+
     /// Whether a reply of this size may be made.
     pub fn takes(&self, bytes: usize) -> bool {
-        if bytes <= Self::SMALL {
-            return true;
-        }
-        let bytes = bytes * Self::REPLY_COSTS;
+        bytes <= Self::SMALL || self.takes_bytes(bytes * Self::REPLY_COSTS)
+    }
+
+    /// Whether there is room for so many bytes more. If there has been none for long, it
+    /// is made.
+    fn takes_bytes(&self, bytes: usize) -> bool {
         let fits = self.waits.fits(bytes);
         if fits {
             *self.waits.full_since() = None;
@@ -251,6 +281,18 @@ impl Connected {
     pub async fn closing(&self) {
         self.0.closing.cancelled().await;
     }
+
+    /// The client is asked to open another connection.
+    pub fn leave(&self) {
+        self.0.leaving.cancel();
+    }
+
+    /// Serves no more calls; waits until those that there are have ended.
+    pub async fn retire(&self) {
+        self.0.is_retired.store(true, Relaxed);
+        self.0.open.close();
+        self.0.open.wait().await;
+    }
 }
 
 impl Drop for Connected {
@@ -265,6 +307,11 @@ impl Wait {
     /// Its reply of so many bytes waits for the client.
     pub fn reply(&mut self, bytes: usize) {
         self.add(bytes * Client::REPLY_COSTS);
+    }
+
+    /// Whether its request, of which there will be so many bytes, may wait for the rest.
+    pub fn takes(&self, bytes: usize) -> bool {
+        bytes <= Client::SMALL_REQUEST || self.client.takes_bytes(bytes.saturating_sub(self.bytes))
     }
 
     /// So many bytes more of its request wait for the rest.
@@ -379,6 +426,42 @@ mod tests {
             .filter(|closed| *closed)
             .count();
         assert_eq!(count, 3);
+    }
+
+    /// Slow requests leave room to others, of which none may be small enough to wait.
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_does_not_fit_does_not_wait_for_its_rest() {
+        let waits = Waits::new(Amount {
+            calls: 16,
+            bytes: 100_000,
+        });
+        let clients = connect(&waits, 2);
+        let mut large = hold(&clients[0], 90_000);
+        let mut other = hold(&clients[1], 5_000);
+        assert!(
+            large.takes(95_000) && !large.takes(95_001),
+            "its own counts once"
+        );
+        assert!(other.takes(10_000) && !other.takes(10_001));
+        assert!(other.takes(Client::SMALL_REQUEST));
+        large.clear();
+        assert!(other.takes(95_000));
+        other.clear();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_retired_connection_waits_for_its_calls_and_takes_no_more() {
+        let waits = waits();
+        let clients = connect(&waits, 2);
+        let (call, _of_another) = (hold(&clients[0], 0), hold(&clients[1], 0));
+        assert!(!clients[0].0.is_retired());
+        let retire = clients[0].retire();
+        let mut retire = std::pin::pin!(retire);
+        let soon = tokio::time::timeout(Duration::from_secs(1), retire.as_mut());
+        assert!(soon.await.is_err(), "there is a call");
+        assert!(clients[0].0.is_retired() && !clients[1].0.is_retired());
+        drop(call);
+        retire.await;
     }
 
     #[test]

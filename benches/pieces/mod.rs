@@ -190,6 +190,7 @@ fn calls() -> [Piece; 3] {
         max_concurrent_calls: 64,
         max_inflight_bytes: MANY_BYTES,
         max_request_bytes: MANY_BYTES,
+        reflection: true,
     };
     let envelope = Arc::new(Envelope::new(services, store, &instance, admission));
     let (load, stored) = (envelope.clone(), envelope.clone());

@@ -35,6 +35,14 @@ pub fn connection_age(text: &str) -> Result<Duration, String> {
     Ok(age)
 }
 
+pub fn age_grace(text: &str) -> Result<Duration, String> {
+    let grace = duration(text)?;
+    if !(Duration::from_secs(1)..=Duration::from_secs(3_600)).contains(&grace) {
+        return Err("must be from 1s to 1h".into());
+    }
+    Ok(grace)
+}
+
 pub fn reload_interval(text: &str) -> Result<Duration, String> {
     let interval = duration(text)?;
     if !(Duration::from_millis(100)..=Duration::from_secs(3_600)).contains(&interval) {

@@ -136,11 +136,6 @@ impl CallContext {
         Caller::connection(connection)
     }
 
-    /// Whether it is a call of our service, not of health, reflection or nobody.
-    pub fn is_ours(&self) -> bool {
-        self.0.operation.is_some()
-    }
-
     pub fn deadline(&self) -> Deadline {
         self.0.deadline
     }
@@ -181,6 +176,7 @@ impl CallContext {
 
     /// The status of a call that fails. `now` would answer a call that came now.
     pub fn refuse(&self, error: CallError, now: Backend) -> Status {
+        let error = error.under(self.deadline());
         let (result, backend) = (error.result(), error.backend());
         let status = error.into_status(self.0.request_id.as_str(), now);
         self.0.tell(result, status.code(), backend);
@@ -252,8 +248,8 @@ fn is_logged() -> bool {
     enabled!(Level::DEBUG)
 }
 
-/// The call that a path stands for.
-fn operation(path: &str) -> Option<Operation> {
+/// The call of our service that a path stands for; None: of another one, or of none.
+pub(super) fn operation(path: &str) -> Option<Operation> {
     let rpc = path.strip_prefix('/')?.strip_prefix(SERVICE_NAME)?;
     Some(match rpc {
         "/Store" => Operation::Store,
@@ -316,7 +312,9 @@ impl RequestId {
             .get(REQUEST_ID)
             .filter(|id| (1..=Self::MAX_BYTES).contains(&id.len()))
             .filter(|id| id.as_bytes().iter().all(u8::is_ascii_graphic))
-            .map_or_else(Self::random, |id| Self(id.clone()))
+            // A copy: what it is a part of is as large as all of the metadata.
+            .and_then(|id| HeaderValue::from_bytes(id.as_bytes()).ok())
+            .map_or_else(Self::random, Self)
     }
 
     fn random() -> Self {

@@ -3,6 +3,7 @@
 //! makes by itself.
 
 use std::{
+    convert::Infallible,
     future::{Ready, poll_fn, ready},
     panic::AssertUnwindSafe,
     pin::{Pin, pin},
@@ -19,13 +20,16 @@ use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::service::Service;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::WaitForCancellationFutureOwned, task::TaskTracker};
 use tonic::{Code, Status, body::Body};
 use tower::ServiceExt;
 
 use super::{
     call::{CallContext, REQUEST_ID},
-    receive::{Inbox, Room},
+    head::{self, ACCEPT_ENCODING, IDENTITY, Route},
+    proto::ErrorReason,
+    receive::{Inbox, Messages, Room},
+    reflection::{self, MAX_REFLECTION_STREAMS},
     status::CallError,
 };
 use crate::{
@@ -39,10 +43,6 @@ use crate::{
 
 const INSTANCE: HeaderName = HeaderName::from_static("x-groupstate-instance");
 
-/// Calls of this service need no token and are never shed: a probe must not fail
-/// under load.
-const HEALTH_PATH: &str = "/grpc.health.v1.Health/";
-
 /// Which calls are let in.
 #[derive(Clone, Debug)]
 pub struct Admission {
@@ -52,6 +52,8 @@ pub struct Admission {
     /// Requests that are being received or worked on, all together.
     pub max_inflight_bytes: usize,
     pub max_request_bytes: usize,
+    /// Whether there is server reflection.
+    pub reflection: bool,
 }
 
 /// A service whose calls are in their envelope.
@@ -67,7 +69,25 @@ pub type Answer<R, E> = Either<Ready<Result<R, E>>, BoxFuture<'static, Result<R,
 /// The body of a reply, which waits for its client until it has left.
 pub struct Reply {
     body: Body,
-    _wait: Option<Wait>,
+    wait: Option<Wait>,
+    /// None: it ends by itself.
+    ends: Option<Ends>,
+}
+
+/// When and how a reply ends that would go on for as long as its client likes.
+struct Ends {
+    when: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// None: it has ended so.
+    how: Option<Status>,
+}
+
+/// A call that was let in.
+struct Admitted {
+    /// Its part of `--max-concurrent-calls`, or of the streams of reflection. None: health
+    /// needs none.
+    permit: Option<OwnedSemaphorePermit>,
+    /// None: it does not come from a client.
+    wait: Option<Wait>,
 }
 
 struct Shared {
@@ -78,6 +98,8 @@ struct Shared {
     calls: Arc<Semaphore>,
     max_concurrent_calls: usize,
     inbox: Inbox,
+    /// None: there is no reflection. A permit for each stream.
+    reflections: Option<Arc<Semaphore>>,
     in_flight: TaskTracker,
 }
 
@@ -96,6 +118,7 @@ impl<S> Envelope<S> {
             max_concurrent_calls,
             max_inflight_bytes,
             max_request_bytes,
+            reflection,
         } = admission;
         let shared = Arc::new(Shared {
             store,
@@ -105,6 +128,7 @@ impl<S> Envelope<S> {
             calls: Arc::new(Semaphore::new(max_concurrent_calls)),
             max_concurrent_calls,
             inbox: Inbox::new(max_inflight_bytes, max_request_bytes),
+            reflections: reflection.then(|| Arc::new(Semaphore::new(MAX_REFLECTION_STREAMS))),
             in_flight: TaskTracker::new(),
         });
         Self { inner, shared }
@@ -118,68 +142,84 @@ impl<S> Envelope<S> {
 
 impl<S, B> Service<Request<B>> for Envelope<S>
 where
-    S: tower::Service<Request<Body>, Response = Response<Body>> + Clone + Send + 'static,
+    S: tower::Service<Request<Body>, Response = Response<Body>, Error = Infallible>
+        + Clone
+        + Send
+        + 'static,
     S::Future: Send,
-    S::Error: Send,
     B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send,
 {
     type Response = Response<Reply>;
-    type Error = S::Error;
+    type Error = Infallible;
     type Future = Answer<Self::Response, Self::Error>;
 
     /// Is called as soon as the headers of a call have come, before a task is made of
     /// it: what is refused here waits for nothing.
     fn call(&self, request: Request<B>) -> Self::Future {
+        if let Some(refused) = head::not_grpc(&request) {
+            return Either::Left(ready(Ok(refused.map(|body| Reply::new(body, None)))));
+        }
         let shared = self.shared.clone();
         let context = CallContext::of(&request, shared.in_flight.token());
-        let mut wait = context.client().map(Client::open_call);
-        let is_health = request.uri().path().starts_with(HEALTH_PATH);
-        let mut call = match shared.admit(request.headers(), &context, is_health) {
-            Ok(call) => call,
+        let route = Route::of(request.uri().path());
+        let (mut call, mut wait) = match shared.admit(request.headers(), &context, route) {
+            Ok(Admitted { permit, wait }) => (permit, wait),
             Err(error) => {
-                let body = |body| Reply { body, _wait: wait };
-                let refused = shared.refuse(error, &context).map(body);
-                return Either::Left(ready(Ok(refused)));
+                let refused = shared.refuse(error, &context);
+                return Either::Left(ready(Ok(refused.map(|body| Reply::new(body, None)))));
             }
         };
         let inner = self.inner.clone();
+        let (mut head, body) = request.into_parts();
+        head::let_go(&mut head);
         let answer = async move {
             let mut taken = Room::default();
+            let ends = route.is_endless().then(|| shared.ends(&context)).flatten();
             let answer = async {
-                let (parts, body) = request.into_parts();
                 if context.client().is_some_and(|client| client.is_closing()) {
                     return Err(CallError::request_broken_off());
                 }
-                let wait = wait.as_mut();
-                let body = if is_health {
-                    shared.inbox.receive_health(body, wait).await?
-                } else if context.is_ours() {
-                    let receive = shared.inbox.receive(body, wait);
-                    // Who has to be waited for takes nobody's turn.
-                    let (body, room) = match poll_once(pin!(receive)).await {
-                        Ok(received) => received?,
-                        Err(receive) => {
-                            call = None;
-                            let received = receive.await?;
-                            call = Some(shared.take_call()?);
-                            received
-                        }
-                    };
-                    taken = room;
-                    body
-                } else {
-                    Body::new(body)
+                let body = match route {
+                    Route::Ours => {
+                        let receive = shared.inbox.receive(body, wait.as_mut());
+                        // Who has to be waited for takes nobody's turn.
+                        let (body, room) = match poll_once(pin!(receive)).await {
+                            Ok(received) => received?,
+                            Err(receive) => {
+                                call = None;
+                                let received = receive.await?;
+                                call = Some(shared.take_call()?);
+                                received
+                            }
+                        };
+                        taken = room;
+                        body
+                    }
+                    Route::Health(_) => shared.inbox.receive_health(body, wait.as_mut()).await?,
+                    Route::Reflection => {
+                        let open = call.take();
+                        let messages = Messages::of_reflection(body, wait.take());
+                        let (context, backend) = (context.clone(), shared.store.backend());
+                        return Ok(reflection::answer(
+                            head, messages, inner, context, backend, open,
+                        ));
+                    }
+                    Route::Unknown => return Err(CallError::no_such_method()),
                 };
-                let mut request = Request::from_parts(parts, body);
+                let mut request = Request::from_parts(head, body);
                 request.extensions_mut().insert(context.clone());
                 let handled = context.caller().makes(inner.oneshot(request));
                 let handled = context.work(handled);
                 let handled = AssertUnwindSafe(handled).catch_unwind();
-                handled.await.map_err(|_panic| {
-                    context.panicked();
-                    CallError::internal()
-                })
+                match handled.await {
+                    Ok(Ok(response)) => Ok(response),
+                    Ok(Err(never)) => match never {},
+                    Err(_panic) => {
+                        context.panicked();
+                        Err(CallError::internal())
+                    }
+                }
             };
             let answer = match context.deadline().instant() {
                 Some(deadline) => tokio::time::timeout_at(deadline, answer)
@@ -188,14 +228,14 @@ where
                 None => answer.await,
             };
             let response = match answer {
-                Ok(response) => shared.seal(response?, &context, is_health),
+                Ok(response) => shared.seal(response, &context, route),
                 Err(error) => shared.refuse(error, &context),
             };
             if let Some(wait) = &mut wait {
                 wait.reply(context.reply_bytes());
             }
             drop((call, taken));
-            Ok(response.map(|body| Reply { body, _wait: wait }))
+            Ok(response.map(|body| Reply { body, wait, ends }))
         };
         Either::Right(Box::pin(answer))
     }
@@ -212,18 +252,46 @@ async fn poll_once<F: Future>(mut future: Pin<&mut F>) -> Result<F::Output, Pin<
 // === impl Shared ===
 
 impl Shared {
-    /// Lets a call in, with its part of `--max-concurrent-calls`; health needs none.
+    /// Lets a call in.
     fn admit(
         &self,
         headers: &HeaderMap,
         context: &CallContext,
-        is_health: bool,
-    ) -> Result<Option<OwnedSemaphorePermit>, CallError> {
-        if is_health {
-            return Ok(None);
+        route: Route,
+    ) -> Result<Admitted, CallError> {
+        let client = context.client();
+        if client.is_some_and(|client| client.is_retired()) {
+            return Err(CallError::connection_too_old());
         }
-        self.authenticate(headers, context.client())?;
-        self.take_call().map(Some)
+        head::check_metadata(headers).inspect_err(|error| {
+            let peer = client.map(|client| tracing::field::display(client.peer));
+            seldom!(warn, peer, reason = error.message(), "a call was refused");
+        })?;
+        if !matches!(route, Route::Health(_)) {
+            self.authenticate(headers, client)?;
+        }
+        head::check_encoding(headers)?;
+        let permit = match route {
+            Route::Unknown => return Err(CallError::no_such_method()),
+            Route::Health(_) => None,
+            Route::Ours => Some(self.take_call()?),
+            Route::Reflection => {
+                let streams = self.reflections.as_ref();
+                let streams = streams.ok_or_else(CallError::no_reflection)?;
+                Some(reflection::open(streams)?)
+            }
+        };
+        let wait = client.map(Client::open_call);
+        Ok(Admitted { permit, wait })
+    }
+
+    /// When an endless reply to this call ends.
+    fn ends(&self, context: &CallContext) -> Option<Ends> {
+        let when = Box::pin(context.client()?.leaving());
+        let error = CallError::connection_ends();
+        let status = error.into_status(context.request_id().as_str(), self.store.backend());
+        let how = Some(status);
+        Some(Ends { when, how })
     }
 
     fn authenticate(
@@ -234,11 +302,9 @@ impl Shared {
         let Some(tokens) = &self.tokens else {
             return Ok(());
         };
-        tokens.current().check(headers).map_err(|rejection| {
-            let peer = client.map(|client| tracing::field::display(client.peer));
-            seldom!(warn, peer, reason = %rejection, "a call was refused for want of a valid token");
-            CallError::unauthenticated(rejection)
-        })
+        let peer = client.map(|client| client.peer);
+        let admitted = tokens.current().admit(headers, peer);
+        admitted.map_err(CallError::unauthenticated)
     }
 
     fn take_call(&self) -> Result<OwnedSemaphorePermit, CallError> {
@@ -250,8 +316,13 @@ impl Shared {
     }
 
     fn refuse(&self, error: CallError, context: &CallContext) -> Response<Body> {
+        let is_compressed = error.reason == ErrorReason::UnsupportedCompression;
         let status = context.refuse(error, self.store.backend());
-        self.label(status.into_http(), context)
+        let mut response = status.into_http();
+        if is_compressed {
+            response.headers_mut().insert(ACCEPT_ENCODING, IDENTITY);
+        }
+        self.label(response, context)
     }
 
     /// Makes a reply of the service conform to the contract.
@@ -259,8 +330,9 @@ impl Shared {
         &self,
         response: Response<Body>,
         context: &CallContext,
-        is_health: bool,
+        route: Route,
     ) -> Response<Body> {
+        let is_health = matches!(route, Route::Health(_));
         // Every status that is made here has details; one without is tonic's.
         let code = Status::from_header_map(response.headers()).map(|status| status.code());
         let has_details = response.headers().contains_key(Status::GRPC_STATUS_DETAILS);
@@ -284,6 +356,13 @@ impl Shared {
 
 // === impl Reply ===
 
+impl Reply {
+    fn new(body: Body, wait: Option<Wait>) -> Self {
+        let ends = None;
+        Self { body, wait, ends }
+    }
+}
+
 impl HttpBody for Reply {
     type Data = Bytes;
     type Error = Status;
@@ -292,14 +371,29 @@ impl HttpBody for Reply {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if let Some(ends) = &mut self.ends {
+            let Some(status) = &ends.how else {
+                return Poll::Ready(None);
+            };
+            if ends.when.as_mut().poll(cx).is_ready() {
+                let trailers = reflection::trailers(status);
+                ends.how = None;
+                // With what it holds.
+                (self.body, self.wait) = (Body::empty(), None);
+                return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+            }
+        }
         Pin::new(&mut self.body).poll_frame(cx)
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.ends.is_none() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        match self.ends {
+            None => self.body.size_hint(),
+            Some(_) => SizeHint::default(),
+        }
     }
 }

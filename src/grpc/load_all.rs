@@ -79,8 +79,10 @@ pub fn messages(
         // If the reader is gone, nobody is left to be told.
         let _ = send.await;
     });
-    let unfinished =
-        move || CallError::deadline_exceeded().into_status(request_id.as_str(), backend);
+    let unfinished = move || {
+        let error = CallError::reader_too_slow(LoadAllSender::STALL_LIMIT);
+        error.into_status(request_id.as_str(), backend)
+    };
     until_finished(receiver, unfinished).boxed()
 }
 

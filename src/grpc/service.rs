@@ -239,7 +239,8 @@ impl Service {
             if backend == Backend::Memory {
                 batch_backend = backend;
             }
-            let reply = reply.map(|answer| answer.value).map_err(CallError::from);
+            let reply = reply.map(|answer| answer.value);
+            let reply = reply.map_err(|failure| CallError::from(failure).under(deadline));
             if let Err(error) = &reply {
                 worst = worst.max(error.result());
             }

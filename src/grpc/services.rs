@@ -8,10 +8,10 @@ use std::{
 
 use futures::future::{BoxFuture, Either};
 use http::{Request, Response};
-use tonic::{body::Body, server::NamedService, service::Routes};
+use tonic::{body::Body, service::Routes};
 use tower::Service;
 
-use super::{proto::group_state_service_server::GroupStateServiceServer, service};
+use super::{head::Route, proto::group_state_service_server::GroupStateServiceServer, service};
 
 /// Everything that is served on the gRPC port.
 #[derive(Clone)]
@@ -25,14 +25,6 @@ pub struct Services {
 impl Services {
     pub fn new(ours: GroupStateServiceServer<service::Service>, others: Routes) -> Self {
         Self { ours, others }
-    }
-
-    fn is_for_ours(path: &str) -> bool {
-        let name = GroupStateServiceServer::<service::Service>::NAME;
-        let rest = path
-            .strip_prefix('/')
-            .and_then(|path| path.strip_prefix(name));
-        rest.is_some_and(|rest| rest.starts_with('/'))
     }
 }
 
@@ -50,7 +42,7 @@ impl Service<Request<Body>> for Services {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        if Self::is_for_ours(request.uri().path()) {
+        if Route::of(request.uri().path()) == Route::Ours {
             Either::Left(self.ours.call(request))
         } else {
             Either::Right(self.others.call(request))

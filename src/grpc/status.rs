@@ -9,7 +9,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 use super::proto::{self as pb, ErrorReason};
 use crate::{
     auth::Rejection,
-    store::{Backend, ErrorKind, StoreError},
+    store::{Backend, Deadline, ErrorKind, StoreError},
     telemetry::{CallResult, Limit, seldom},
 };
 
@@ -105,37 +105,127 @@ impl CallError {
     /// Too much at once: over the setting `limit`.
     pub fn overloaded(limit: Limit, most: usize) -> Self {
         let limit = limit.name();
+        let message =
+            format!("more than --{limit} {most} at once; try again later or raise the limit");
+        Self::over(limit, message)
+    }
+
+    /// Too much at once: over a limit that has no setting.
+    pub fn too_many(limit: &'static str, most: usize) -> Self {
+        Self::over(
+            limit,
+            format!("more than {limit} {most} at once; try again later"),
+        )
+    }
+
+    fn over(limit: &'static str, message: String) -> Self {
         Self {
             metadata: vec![("limit", limit.into())],
             retry_after: Some(Self::RETRY_AFTER),
+            ..Self::new(Code::ResourceExhausted, ErrorReason::Overloaded, message)
+        }
+    }
+
+    /// The message is over this limit: our setting, or one that has none.
+    pub fn message_too_large(limit: &'static str, what: &str) -> Self {
+        let message = if limit == "max-request-bytes" {
+            format!("the request is over --{limit}; split it or raise the limit ({what})")
+        } else {
+            format!("the request is larger than any that has a meaning here: {limit} ({what})")
+        };
+        Self {
+            metadata: vec![("limit", limit.into())],
             ..Self::new(
                 Code::ResourceExhausted,
-                ErrorReason::Overloaded,
-                format!("more than --{limit} {most} at once; try again later or raise the limit"),
+                ErrorReason::MessageTooLarge,
+                message,
             )
         }
     }
 
-    pub fn message_too_large(what: &str) -> Self {
+    /// The caller has set no deadline, and the time has passed that the service gives such
+    /// a call.
+    pub fn time_limit_exceeded() -> Self {
+        Self::new(
+            Code::DeadlineExceeded,
+            ErrorReason::TimeLimitExceeded,
+            "the time that the service gives a call without a deadline has passed: \
+             send less at once, or set a longer deadline",
+        )
+    }
+
+    /// A message of a request was still not there after this time.
+    pub fn request_too_slow(after: Duration) -> Self {
+        Self::new(
+            Code::DeadlineExceeded,
+            ErrorReason::RequestTooSlow,
+            format!("a message has to come whole within {after:?}, and this one has not"),
+        )
+    }
+
+    /// The reader of a stream has taken none of its messages for this long.
+    pub fn reader_too_slow(after: Duration) -> Self {
+        Self::new(
+            Code::DeadlineExceeded,
+            ErrorReason::ReaderTooSlow,
+            format!("no message of the stream was taken for {after:?}; begin again, and read on"),
+        )
+    }
+
+    /// The metadata of a call is over what it may be.
+    pub fn metadata_too_large(bytes: usize, most: usize) -> Self {
         Self {
-            metadata: vec![("limit", "max-request-bytes".into())],
+            metadata: vec![("limit", "max-metadata-bytes".into())],
             ..Self::new(
                 Code::ResourceExhausted,
-                ErrorReason::MessageTooLarge,
+                ErrorReason::MetadataTooLarge,
                 format!(
-                    "the request is over --max-request-bytes; split it or raise the limit ({what})"
+                    "the metadata of the call has {bytes} bytes, over max-metadata-bytes {most} \
+                     (32 for each field beside its name and value); send less of it"
                 ),
             )
         }
     }
 
-    /// The body of a request was still not there after this time.
-    pub fn request_too_slow(after: Duration) -> Self {
+    pub fn unsupported_compression() -> Self {
         Self::new(
-            Code::DeadlineExceeded,
-            ErrorReason::DeadlineExceeded,
-            format!("the whole request has to come within {after:?}"),
+            Code::Unimplemented,
+            ErrorReason::UnsupportedCompression,
+            "messages must not be compressed: switch compression off in the client",
         )
+    }
+
+    pub fn no_such_method() -> Self {
+        Self::new(
+            Code::Unimplemented,
+            ErrorReason::Unimplemented,
+            "no such method: check that client and server use one proto",
+        )
+    }
+
+    pub fn no_reflection() -> Self {
+        Self::new(
+            Code::Unimplemented,
+            ErrorReason::Unimplemented,
+            "server reflection is switched off: --reflection off",
+        )
+    }
+
+    /// The client goes on with a connection that it was asked to leave.
+    pub fn connection_too_old() -> Self {
+        Self::unavailable("the connection has passed --max-connection-age; open another one")
+    }
+
+    /// The client is asked to open another connection, and this stream would hold it up.
+    pub fn connection_ends() -> Self {
+        Self::unavailable("the connection is about to be closed; begin again on another one")
+    }
+
+    fn unavailable(message: &str) -> Self {
+        Self {
+            retry_after: Some(Self::RETRY_AFTER),
+            ..Self::new(Code::Unavailable, ErrorReason::Unavailable, message)
+        }
     }
 
     /// The body of a request ended before its end.
@@ -156,7 +246,7 @@ impl CallError {
     /// codes it uses, these contradict it.
     pub fn of_tonic(code: Code, message: &str) -> Self {
         match code {
-            Code::OutOfRange => Self::message_too_large(message),
+            Code::OutOfRange => Self::message_too_large("max-request-bytes", message),
             // What it calls internal is a request that it cannot read.
             Code::Internal | Code::InvalidArgument => Self::malformed(message),
             Code::Unimplemented => Self::new(code, ErrorReason::Unimplemented, message),
@@ -173,6 +263,17 @@ impl CallError {
         Self::new(Code::Internal, ErrorReason::Internal, "internal error")
     }
 
+    /// The same, but that a deadline which no caller has set is not called the caller's.
+    pub fn under(self, deadline: Deadline) -> Self {
+        if self.reason != ErrorReason::DeadlineExceeded || deadline.instant().is_some() {
+            return self;
+        }
+        Self {
+            backend: self.backend,
+            ..Self::time_limit_exceeded()
+        }
+    }
+
     /// Says who answered.
     pub fn answered_by(mut self, backend: Backend) -> Self {
         self.backend = Some(backend);
@@ -180,6 +281,11 @@ impl CallError {
     }
 
     /// What went wrong, for a person.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// The same.
     pub fn into_message(self) -> String {
         self.message
     }
@@ -292,14 +398,19 @@ pub fn kind_of(reason: ErrorReason) -> ErrorKind {
         ErrorReason::InvalidField
         | ErrorReason::MalformedMessage
         | ErrorReason::DuplicateKey
-        | ErrorReason::Unimplemented => ErrorKind::Invalid,
-        ErrorReason::MessageTooLarge => ErrorKind::TooLarge,
+        | ErrorReason::Unimplemented
+        | ErrorReason::UnsupportedCompression => ErrorKind::Invalid,
+        ErrorReason::MessageTooLarge | ErrorReason::MetadataTooLarge => ErrorKind::TooLarge,
         ErrorReason::UnreadableDocument => ErrorKind::Unreadable,
         ErrorReason::ForeignType => ErrorKind::ForeignType,
         ErrorReason::VersionOutOfRange => ErrorKind::VersionOutOfRange,
         ErrorReason::OutcomeUnknown => ErrorKind::OutcomeUnknown,
         ErrorReason::ListingRestarted => ErrorKind::ListingRestarted,
-        ErrorReason::DeadlineExceeded | ErrorReason::Cancelled => ErrorKind::DeadlineExceeded,
+        ErrorReason::DeadlineExceeded
+        | ErrorReason::TimeLimitExceeded
+        | ErrorReason::RequestTooSlow
+        | ErrorReason::ReaderTooSlow
+        | ErrorReason::Cancelled => ErrorKind::DeadlineExceeded,
         ErrorReason::Overloaded => ErrorKind::Overloaded,
         ErrorReason::MemoryFull => ErrorKind::MemoryFull,
         ErrorReason::Unauthenticated => ErrorKind::Unauthenticated,
@@ -329,15 +440,21 @@ fn result_of(reason: ErrorReason) -> CallResult {
         | ErrorReason::DuplicateKey
         // Waiting does not help.
         | ErrorReason::MessageTooLarge
-        | ErrorReason::Unauthenticated
-        | ErrorReason::Unimplemented => CallResult::Invalid,
+        | ErrorReason::MetadataTooLarge
+        | ErrorReason::Unimplemented
+        | ErrorReason::UnsupportedCompression => CallResult::Invalid,
+        ErrorReason::Unauthenticated => CallResult::Unauthenticated,
         // What is stored has to be looked at, not the request.
         ErrorReason::UnreadableDocument
         | ErrorReason::ForeignType
         | ErrorReason::VersionOutOfRange => CallResult::Unreadable,
         ErrorReason::Overloaded | ErrorReason::MemoryFull => CallResult::Shed,
         // Clients cancel a call when its deadline passes.
-        ErrorReason::DeadlineExceeded | ErrorReason::Cancelled => CallResult::Deadline,
+        ErrorReason::DeadlineExceeded
+        | ErrorReason::TimeLimitExceeded
+        | ErrorReason::RequestTooSlow
+        | ErrorReason::ReaderTooSlow
+        | ErrorReason::Cancelled => CallResult::Deadline,
         ErrorReason::Unavailable | ErrorReason::CommandRefused => CallResult::Unavailable,
         ErrorReason::OutcomeUnknown => CallResult::UnknownOutcome,
         ErrorReason::Internal | ErrorReason::Unspecified => CallResult::Error,
@@ -388,12 +505,17 @@ mod tests {
             ("OVERLOADED", "shed"),
             ("MEMORY_FULL", "shed"),
             ("MESSAGE_TOO_LARGE", "invalid"),
-            ("UNAUTHENTICATED", "invalid"),
+            ("UNAUTHENTICATED", "unauthenticated"),
             ("UNAVAILABLE", "unavailable"),
             ("UNIMPLEMENTED", "invalid"),
             ("INTERNAL", "error"),
             ("CANCELLED", "deadline"),
             ("COMMAND_REFUSED", "unavailable"),
+            ("TIME_LIMIT_EXCEEDED", "deadline"),
+            ("REQUEST_TOO_SLOW", "deadline"),
+            ("READER_TOO_SLOW", "deadline"),
+            ("METADATA_TOO_LARGE", "invalid"),
+            ("UNSUPPORTED_COMPRESSION", "invalid"),
         ];
         let reasons = (0..).map_while(|number| ErrorReason::try_from(number).ok());
         let actual: Vec<_> = reasons

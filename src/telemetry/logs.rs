@@ -78,9 +78,9 @@ pub fn log_control() -> Option<Arc<LogControl>> {
 // === impl LogControl ===
 
 impl LogControl {
-    /// A level of DEBUG or TRACE that was set by hand is forgotten after this: it
-    /// is wanted for a while, and writes a line for every call.
-    pub const VERBOSE_FOR: Duration = Duration::from_secs(15 * 60);
+    /// A level that was set by hand is forgotten after this: it is wanted for a while. DEBUG
+    /// and TRACE write a line for every call, and ERROR leaves out that memory answers.
+    pub const SET_FOR: Duration = Duration::from_secs(15 * 60);
 
     /// The control, and the filter that obeys it.
     fn new(level: LogLevel) -> (Self, reload::Layer<Targets, Registry>) {
@@ -100,11 +100,10 @@ impl LogControl {
         self.now().level
     }
 
-    /// Sets the level. Returns the level that takes its place after
-    /// [`Self::VERBOSE_FOR`], if it does not stay.
+    /// Sets the level. Returns the level that takes its place after [`Self::SET_FOR`]; None
+    /// if that is the same.
     pub fn set(self: &Arc<Self>, level: LogLevel) -> Option<LogLevel> {
-        let verbose = matches!(level, LogLevel::Debug | LogLevel::Trace);
-        let falls_back = verbose && level != self.configured;
+        let falls_back = level != self.configured;
         let mut now = self.now();
         if let Some(fallback) = now.fallback.take() {
             fallback.abort();
@@ -115,7 +114,7 @@ impl LogControl {
         }
         let control = self.clone();
         let fallback = tokio::spawn(async move {
-            tokio::time::sleep(Self::VERBOSE_FOR).await;
+            tokio::time::sleep(Self::SET_FOR).await;
             let mut now = control.now();
             // It may have been set again in this moment.
             if now
@@ -213,12 +212,12 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_verbose_level_is_forgotten_after_a_while() {
+    async fn a_level_is_forgotten_after_a_while() {
         let (control, _filter) = control(LogLevel::Warn);
         assert!(!writes_debug(&control));
         assert_eq!(control.set(LogLevel::Debug), Some(LogLevel::Warn));
         assert!(writes_debug(&control));
-        let almost = LogControl::VERBOSE_FOR - Duration::from_secs(1);
+        let almost = LogControl::SET_FOR - Duration::from_secs(1);
         tokio::time::sleep(almost).await;
         // Set again, it begins anew.
         assert_eq!(control.set(LogLevel::Trace), Some(LogLevel::Warn));
@@ -231,14 +230,21 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn other_levels_and_the_configured_one_stay() {
-        let (control, _filter) = control(LogLevel::Debug);
-        control.set(LogLevel::Trace);
-        for level in [LogLevel::Error, LogLevel::Info, LogLevel::Debug] {
-            assert_eq!(control.set(level), None);
-            tokio::time::sleep(LogControl::VERBOSE_FOR * 2).await;
-            assert_eq!(control.level(), level);
-            assert_eq!(writes_debug(&control), level == LogLevel::Debug);
+    async fn every_level_but_the_configured_one_is_forgotten() {
+        for configured in LogLevel::ALL {
+            let (control, _filter) = control(configured);
+            for level in LogLevel::ALL {
+                let falls_back = (level != configured).then_some(configured);
+                assert_eq!(control.set(level), falls_back, "{level:?}");
+                assert_eq!(control.level(), level);
+                tokio::time::sleep(LogControl::SET_FOR * 2).await;
+                assert_eq!(control.level(), configured, "{level:?}");
+            }
+            // The configured one, set by hand, ends what was set before.
+            control.set(LogLevel::Error);
+            control.set(configured);
+            tokio::time::sleep(LogControl::SET_FOR * 2).await;
+            assert_eq!(control.level(), configured);
         }
     }
 

@@ -80,6 +80,9 @@ label! {
         Conflict = "conflict",
         /// The caller's mistake.
         Invalid = "invalid",
+        /// Without a valid token. Apart from `invalid`, so that failed logins do not pass
+        /// for bad requests; and counted here, so that all results together are all calls.
+        Unauthenticated = "unauthenticated",
         /// What is stored is in the way: no readable group, another type, a
         /// version that cannot be raised.
         Unreadable = "unreadable",
@@ -101,6 +104,17 @@ label! {
         MaxInflightBytes = "max-inflight-bytes",
         MaxScans = "max-scans",
         RedisMaxBulkBytes = "redis-max-bulk-bytes",
+    }
+}
+
+label! {
+    /// Why a request was refused for its head alone.
+    Refused {
+        /// It is not POST.
+        Method = "method",
+        /// It is not `application/grpc`.
+        ContentType = "content_type",
+        MetadataTooLarge = "metadata_too_large",
     }
 }
 
@@ -128,6 +142,20 @@ label! {
 }
 
 label! {
+    /// Why somebody was not let in.
+    AuthenticationFailure {
+        NoToken = "no_token",
+        /// Not one `authorization: Bearer TOKEN`.
+        MalformedToken = "malformed_token",
+        UnknownToken = "unknown_token",
+        /// A handshake without one, where clients need one.
+        NoCertificate = "no_certificate",
+        /// Expired, of another CA, or otherwise of no use.
+        BadCertificate = "bad_certificate",
+    }
+}
+
+label! {
     /// Why a connection of a client was refused or closed.
     ConnectionFailure {
         /// Over the setting.
@@ -138,6 +166,8 @@ label! {
         Timeout = "timeout",
         /// It held the most of what waits for clients, when there was too much.
         Slow = "slow",
+        /// It had passed its age, and its client went on with it.
+        Age = "age",
     }
 }
 
@@ -164,6 +194,7 @@ struct Meters {
     in_flight: Gauge,
     memory_operations: Vec<Counter>,
     shed: Vec<Counter>,
+    refused: Vec<Counter>,
     fallbacks: Counter,
     recoveries: Counter,
     /// Only where there is a Redis: a 0 would say that it is down.
@@ -186,6 +217,7 @@ struct Meters {
     reload_failures: Vec<Counter>,
     connections: Gauge,
     connection_failures: Vec<Counter>,
+    authentication_failures: Vec<Counter>,
     spans_dropped: Counter,
 }
 
@@ -281,6 +313,13 @@ impl Meters {
                     "calls_shed_total",
                     "Calls that were refused at once, by the setting over which they were.",
                     &[("limit", limit.name())],
+                )
+            }),
+            refused: each(Refused::ALL, |reason| {
+                counter(
+                    "requests_refused_total",
+                    "Requests that were refused for their head alone, by the reason.",
+                    &[("reason", reason.name())],
                 )
             }),
             fallbacks: counter(
@@ -388,6 +427,13 @@ impl Meters {
                     &[("reason", reason.name())],
                 )
             }),
+            authentication_failures: each(AuthenticationFailure::ALL, |reason| {
+                counter(
+                    "authentication_failures_total",
+                    "Calls and handshakes whose client did not show who it is, by the reason.",
+                    &[("reason", reason.name())],
+                )
+            }),
             reload_failures: each(FileSetting::ALL, |file| {
                 counter(
                     "reload_failures_total",
@@ -466,6 +512,11 @@ pub fn call_ends(operation: Operation, result: CallResult, memory: bool, took: D
 /// A call was refused at once.
 pub fn call_shed(limit: Limit) {
     METERS.shed[limit as usize].increment(1);
+}
+
+/// A request was refused for its head alone.
+pub fn request_refused(reason: Refused) {
+    METERS.refused[reason as usize].increment(1);
 }
 
 pub fn switched_to_memory() {
@@ -559,6 +610,11 @@ pub fn connection_opens() -> OpenConnection {
 /// A connection of a client was refused or closed.
 pub fn connection_failed(reason: ConnectionFailure) {
     METERS.connection_failures[reason as usize].increment(1);
+}
+
+/// Somebody was not let in.
+pub fn authentication_failed(reason: AuthenticationFailure) {
+    METERS.authentication_failures[reason as usize].increment(1);
 }
 
 /// The files of a setting have changed and are of no use, now or still.

@@ -527,10 +527,11 @@ async fn failures_of_the_store_have_their_own_statuses() {
             Code::FailedPrecondition,
             "FOREIGN_TYPE",
         ),
+        // No caller has set one: it is the service's own.
         (
             StoreError::DeadlineExceeded,
             Code::DeadlineExceeded,
-            "DEADLINE_EXCEEDED",
+            "TIME_LIMIT_EXCEEDED",
         ),
         (StoreError::Bug("secret".into()), Code::Internal, "INTERNAL"),
         (
@@ -563,6 +564,41 @@ async fn failures_of_the_store_have_their_own_statuses() {
             in_batch.reason().as_str_name(),
             format!("ERROR_REASON_{reason}")
         );
+    }
+}
+
+#[tokio::test]
+async fn a_deadline_is_the_callers_only_if_a_caller_has_set_it() {
+    let double = Double::new(Behaviour::Fail(StoreError::DeadlineExceeded));
+    let server = InProcess::serve(Arc::new(double), &[]).await;
+    let mut client = server.client().await;
+    for (timeout, reason, text) in [
+        (None, "TIME_LIMIT_EXCEEDED", "set a longer deadline"),
+        (
+            Some(Duration::from_secs(60)),
+            "DEADLINE_EXCEEDED",
+            "the deadline of the call has passed",
+        ),
+    ] {
+        let mut load = tonic::Request::new(load_request("k"));
+        let mut batch = tonic::Request::new(pb::StoreAllRequest {
+            groups: vec![group("k")],
+            expiry: None,
+        });
+        if let Some(timeout) = timeout {
+            load.set_timeout(timeout);
+            batch.set_timeout(timeout);
+        }
+        let status = client.load(load).await.unwrap_err();
+        assert_status(&status, Code::DeadlineExceeded, reason);
+        assert!(status.message().contains(text), "{status:?}");
+        let reply = client.store_all(batch).await.unwrap().into_inner();
+        let error = reply.results[0].error.clone().unwrap();
+        assert_eq!(
+            error.reason().as_str_name(),
+            format!("ERROR_REASON_{reason}")
+        );
+        assert!(error.message.contains(text), "{error:?}");
     }
 }
 

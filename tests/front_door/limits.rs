@@ -2,16 +2,25 @@
 
 use std::time::{Duration, Instant};
 
-use groupstate::grpc::proto as pb;
+use groupstate::grpc::{proto as pb, reflection::MAX_REFLECTION_STREAMS};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
 use tonic::{Code, Request, Status};
+use tonic_reflection::pb::v1::{
+    ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+    server_reflection_request::MessageRequest,
+};
 use tonic_types::StatusExt;
 
 use crate::{
-    common::{http, redis_server::RedisServer, service::Service, wait_until},
+    common::{
+        http,
+        redis_server::RedisServer,
+        service::{Client, Service},
+        wait_until,
+    },
     wire,
     wire::{DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, RST_STREAM, Wire, frame},
 };
@@ -301,6 +310,158 @@ async fn a_call_that_crosses_the_age_of_its_connection_succeeds() {
         async || service.metric("connections").await == 0.0,
     )
     .await;
+}
+
+/// HTTP/2 has the client agree to the end of a connection, by answering a PING. This one
+/// does not, and goes on calling.
+#[tokio::test]
+async fn a_client_that_does_not_let_go_of_its_old_connection_loses_it() {
+    const AGE: Duration = Duration::from_secs(1);
+    const GRACE: Duration = Duration::from_secs(2);
+    let redis = RedisServer::start().await;
+    let service = Service::start(&[
+        "--redis-url",
+        &redis.url(),
+        "--max-connection-age",
+        "1s",
+        "--max-connection-age-grace",
+        "2s",
+        // A call has to wait for Redis.
+        "--trip-after",
+        "30s",
+        "--redis-timeout",
+        "30s",
+    ]);
+    let begin = Instant::now();
+    let deaf = wire::deaf_to_the_end(service.addr()).await;
+    let mut client = Client::connect(format!("http://{deaf}")).await.unwrap();
+    // A call that is in flight when the connection has grown too old.
+    redis.process().signal("STOP");
+    let waiting = tokio::spawn({
+        let mut client = client.clone();
+        async move {
+            let (group, expiry) = (Some(group("slow", 1, 1)), None);
+            client.store(pb::StoreRequest { group, expiry }).await
+        }
+    });
+    let mut served_at = Duration::ZERO;
+    loop {
+        // What is wrong with it is known without Redis.
+        let answer = client.store(pb::StoreRequest::default()).await;
+        let refused = answer.unwrap_err();
+        match refused.code() {
+            Code::InvalidArgument => served_at = begin.elapsed(),
+            _ => {
+                assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
+                assert!(
+                    refused.message().contains("--max-connection-age"),
+                    "{refused:?}"
+                );
+                break;
+            }
+        }
+        assert!(
+            begin.elapsed() < Duration::from_secs(30),
+            "it goes on for ever"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let refused_at = begin.elapsed();
+    assert!(
+        served_at > AGE.mul_f64(1.2),
+        "age alone breaks nothing off: {served_at:?}"
+    );
+    assert!(refused_at > AGE.mul_f64(0.9) + GRACE, "{refused_at:?}");
+
+    redis.process().signal("CONT");
+    waiting
+        .await
+        .unwrap()
+        .expect("a call in flight gets its time");
+    wait_until("it is closed", Duration::from_secs(20), async || {
+        service.metric("connections").await == 0.0
+    })
+    .await;
+    service.wait_for_log("its client went on with it", Duration::from_secs(1));
+    let metric = "connection_failures_total{reason=\"age\"}";
+    assert_eq!(service.metric(metric).await, 1.0);
+}
+
+/// They would hold the connection up for as long as their client likes.
+#[tokio::test]
+async fn streams_without_an_end_end_with_the_age_of_their_connection() {
+    let service = Service::start(&["--max-connection-age", "1s"]);
+    let channel = crate::channel(&service, None);
+    let mut health = tonic_health::pb::health_client::HealthClient::new(channel.clone());
+    let request = tonic_health::pb::HealthCheckRequest::default();
+    let mut watch = health.watch(request).await.unwrap().into_inner();
+    watch.message().await.unwrap().expect("how it is now");
+
+    let (questions, asked) = tokio::sync::mpsc::channel(1);
+    let mut reflection = ServerReflectionClient::new(channel);
+    let asked = tokio_stream::wrappers::ReceiverStream::new(asked);
+    let stream = reflection.server_reflection_info(asked);
+    let question = ServerReflectionRequest {
+        message_request: Some(MessageRequest::ListServices(String::new())),
+        ..Default::default()
+    };
+    questions.send(question).await.unwrap();
+    let mut answers = stream.await.unwrap().into_inner();
+    answers.message().await.unwrap().expect("a list");
+
+    let soon = Duration::from_secs(10);
+    let ends = tokio::time::timeout(soon, watch.message()).await.unwrap();
+    assert_eq!(ends.unwrap_err().code(), Code::Unavailable);
+    let ends = tokio::time::timeout(soon, answers.message()).await.unwrap();
+    assert_eq!(ends.unwrap_err().code(), Code::Unavailable);
+    wait_until("it is closed", soon, async || {
+        service.metric("connections").await == 0.0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn streams_of_reflection_beyond_the_limit_are_refused_until_there_is_room() {
+    let service = Service::start(&[]);
+    let mut open = Vec::new();
+    let stream = async || {
+        let (questions, asked) = tokio::sync::mpsc::channel::<ServerReflectionRequest>(1);
+        let asked = tokio_stream::wrappers::ReceiverStream::new(asked);
+        let mut client = ServerReflectionClient::new(crate::channel(&service, None));
+        let answers = client.server_reflection_info(asked).await?;
+        Ok::<_, Status>((questions, answers))
+    };
+    for _ in 0..MAX_REFLECTION_STREAMS {
+        open.push(stream().await.unwrap());
+    }
+    let refused = stream().await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
+    let info = refused.get_details_error_info().unwrap();
+    assert_eq!(info.reason, "OVERLOADED");
+    assert_eq!(info.metadata["limit"], "max-reflection-streams");
+    open.pop();
+    wait_until("there is room", Duration::from_secs(5), async || {
+        stream().await.is_ok()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn reflection_may_be_switched_off() {
+    let service = Service::start(&["--reflection", "off"]);
+    let mut client = ServerReflectionClient::new(crate::channel(&service, None));
+    let question = ServerReflectionRequest::default();
+    let refused = client
+        .server_reflection_info(tokio_stream::once(question))
+        .await;
+    let refused = refused.unwrap_err();
+    assert_eq!(refused.code(), Code::Unimplemented, "{refused:?}");
+    assert!(
+        refused.message().contains("--reflection off"),
+        "{refused:?}"
+    );
+    // And nothing else is.
+    store(&service, vec![group("k", 1, 1)]).await.unwrap();
 }
 
 /// h2 by itself takes 20 of them at once for a flood, and ends the connection with all

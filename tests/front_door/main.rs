@@ -6,6 +6,7 @@ mod common;
 
 mod abuse;
 mod clients;
+mod failures;
 mod limits;
 mod random;
 mod resumption;

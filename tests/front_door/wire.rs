@@ -3,8 +3,8 @@
 use std::io;
 
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
 };
 
 /// A connection on which anything may be sent.
@@ -81,6 +81,47 @@ impl Wire {
         let mut tcp = self.tcp;
         let mut buffer = [0; 16_384];
         while tcp.read(&mut buffer).await.is_ok_and(|bytes| bytes > 0) {}
+    }
+}
+
+/// The address of a way to `addr`, for one connection, on which the end of a connection is
+/// not heard of: its GOAWAYs get lost, and the PINGs with which a server makes sure of them.
+pub async fn deaf_to_the_end(addr: &str) -> String {
+    let addr = addr.to_owned();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let way = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        let (client, _) = listener.accept().await?;
+        drop(listener);
+        let (mut from_client, to_client) = client.into_split();
+        let (from_server, mut to_server) = TcpStream::connect(addr).await?.into_split();
+        let mut preface = [0; PREFACE.len()];
+        from_client.read_exact(&mut preface).await?;
+        to_server.write_all(&preface).await?;
+        // When one of them has closed, both are.
+        tokio::select! {
+            ended = pass_on(from_client, to_server, |_| true) => ended,
+            ended = pass_on(from_server, to_client, |kind| kind != GOAWAY && kind != PING) => ended,
+        }
+    });
+    way
+}
+
+/// Passes on the frames of these types.
+async fn pass_on(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    passes: impl Fn(u8) -> bool,
+) -> io::Result<()> {
+    loop {
+        let mut frame = vec![0; 9];
+        from.read_exact(&mut frame).await?;
+        let length = u32::from_be_bytes([0, frame[0], frame[1], frame[2]]);
+        frame.resize(9 + length as usize, 0);
+        from.read_exact(&mut frame[9..]).await?;
+        if passes(frame[3]) {
+            to.write_all(&frame).await?;
+        }
     }
 }
 

@@ -33,11 +33,12 @@ const OPERATIONS: [&str; 8] = [
     "size",
 ];
 
-const RESULTS: [&str; 10] = [
+const RESULTS: [&str; 11] = [
     "success",
     "not_found",
     "conflict",
     "invalid",
+    "unauthenticated",
     "unreadable",
     "shed",
     "deadline",
@@ -64,7 +65,8 @@ const BUCKETS: [&str; 25] = [
 ];
 
 /// What dashboards and rules are written against: name and type.
-const METRICS: [(&str, &str); 28] = [
+const METRICS: [(&str, &str); 30] = [
+    ("authentication_failures_total", "counter"),
     ("build_info", "gauge"),
     ("calls_shed_total", "counter"),
     ("connection_failures_total", "counter"),
@@ -85,6 +87,7 @@ const METRICS: [(&str, &str); 28] = [
     ("redis_may_evict", "gauge"),
     ("redis_retries_total", "counter"),
     ("reload_failures_total", "counter"),
+    ("requests_refused_total", "counter"),
     ("storage_duration_seconds", "histogram"),
     ("storage_fallback_total", "counter"),
     ("storage_health", "gauge"),
@@ -118,10 +121,24 @@ fn assert_all_zero(scrape: &Scrape) {
     for limit in ["max-concurrent-calls", "max-inflight-bytes", "max-scans"] {
         zero(&format!(r#"calls_shed_total{{limit="{limit}"}}"#));
     }
-    for reason in ["max-connections", "handshake", "timeout", "slow"] {
+    for reason in ["max-connections", "handshake", "timeout", "slow", "age"] {
         zero(&format!(
             r#"connection_failures_total{{reason="{reason}"}}"#
         ));
+    }
+    for reason in [
+        "no_token",
+        "malformed_token",
+        "unknown_token",
+        "no_certificate",
+        "bad_certificate",
+    ] {
+        zero(&format!(
+            r#"authentication_failures_total{{reason="{reason}"}}"#
+        ));
+    }
+    for reason in ["method", "content_type", "metadata_too_large"] {
+        zero(&format!(r#"requests_refused_total{{reason="{reason}"}}"#));
     }
     for file in FILES {
         zero(&format!(r#"reload_failures_total{{file="{file}"}}"#));
