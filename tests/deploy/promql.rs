@@ -7,7 +7,8 @@ use crate::{PREFIX, dashboard, rules, text};
 
 /// Every metric of the service that a rule or a panel uses, without its prefix.
 /// The live test asks a running service for each of them.
-pub const METRICS: [&str; 31] = [
+pub const METRICS: [&str; 32] = [
+    "authentication_failures_total",
     "build_info",
     "calls_shed_total",
     "certificate_expiry_timestamp_seconds",
