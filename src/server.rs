@@ -184,8 +184,8 @@ impl Server {
             Some(identity) => Some(ServerTls::new(identity, client_ca).map_err(ServerError::File)?),
             None => None,
         };
-        if tokens.is_some() && tls.is_none() {
-            tracing::warn!("tokens are sent in plain text: there is no --tls-cert");
+        if let Some(open) = how_open(&settings) {
+            tracing::warn!(addr = %settings.grpc_addr, "{open}");
         }
         let admin = Arc::new(admin.open_to(tokens.clone()));
         tasks.spawn(admin.clone().serve(http));
@@ -346,6 +346,22 @@ fn watch<T: Send + Sync + 'static>(
     }))
 }
 
+/// What strangers can do at the gRPC port, if anything.
+fn how_open(settings: &Settings) -> Option<&'static str> {
+    let is_local = settings.grpc_addr.ip().to_canonical().is_loopback();
+    let is_guarded = settings.auth_token_file.is_some() || settings.tls_client_ca.is_some();
+    if settings.tls_cert.is_none() && settings.auth_token_file.is_some() {
+        Some("tokens are sent in plain text: there is no --tls-cert")
+    } else if is_local || is_guarded {
+        None
+    } else {
+        Some(
+            "whoever reaches the gRPC port may read and change every group: set --tls-cert with \
+             --auth-token-file or --tls-client-ca, or let --grpc-addr be a loopback address",
+        )
+    }
+}
+
 fn listen(setting: &'static str, addr: SocketAddr) -> Result<TcpListener, ServerError> {
     bind(addr).map_err(|error| ServerError::Bind {
         setting,
@@ -401,4 +417,46 @@ fn reflection() -> tonic_reflection::server::Builder<'static> {
         .include_reflection_service(false)
         // So that grpcurl shows the details of a status in clear text.
         .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_that_is_open_to_strangers_is_warned_of() {
+        let how_open = |addr: &str, settings: &[&str]| {
+            let mut read = Settings::read(["groupstate", "--grpc-addr", addr]).unwrap();
+            let file = |setting| settings.contains(&setting).then(|| "file".into());
+            read.tls_cert = file("--tls-cert");
+            read.tls_client_ca = file("--tls-client-ca");
+            read.auth_token_file = file("--auth-token-file");
+            how_open(&read)
+        };
+        for (addr, is_local) in [
+            ("0.0.0.0:50051", false),
+            ("[::]:50051", false),
+            ("10.0.0.7:50051", false),
+            ("127.0.0.1:50051", true),
+            ("[::1]:50051", true),
+            ("[::ffff:127.0.0.1]:50051", true),
+        ] {
+            for unguarded in [&[][..], &["--tls-cert"]] {
+                let open = how_open(addr, unguarded);
+                assert_eq!(open.is_none(), is_local, "{addr} {unguarded:?}");
+                assert!(open.is_none_or(|open| open.contains("whoever reaches")));
+            }
+            for guarded in [
+                ["--tls-cert", "--auth-token-file"],
+                ["--tls-cert", "--tls-client-ca"],
+            ] {
+                assert_eq!(how_open(addr, &guarded), None, "{addr} {guarded:?}");
+            }
+            let plain = how_open(addr, &["--auth-token-file"]);
+            assert!(
+                plain.is_some_and(|plain| plain.contains("plain text")),
+                "{addr}"
+            );
+        }
+    }
 }
