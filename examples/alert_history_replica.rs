@@ -366,6 +366,11 @@ async fn metrics(State(replica): State<Replica>) -> String {
             stats.outbox.delivered,
         ),
         (
+            "outbox_dropped",
+            "Of these, changes that can never be stored.",
+            stats.outbox.dropped,
+        ),
+        (
             "outbox_refused",
             "Changes for which the outbox was full.",
             stats.outbox.refused,

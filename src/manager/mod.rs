@@ -47,7 +47,7 @@ use self::{
 };
 use crate::{
     group::{Alert, AlertGroup, GroupKey, Time},
-    store::{Backend, Deadline, Failure, GroupStore, Problem, StoreError},
+    store::{Backend, Deadline, ErrorKind, Failure, GroupStore, Problem, StoreError},
 };
 
 /// The alert groups of a replica, over any store. Cheap to clone.
@@ -441,24 +441,28 @@ impl AlertGroupManager {
             let Some((key, changes)) = self.outbox().next(last.as_ref()) else {
                 break;
             };
-            let mut delivered = 0;
             for change in &changes {
                 match self.make(&key, change.clone()).await {
-                    Ok((changed, _)) if changed.backend == Backend::Redis => delivered += 1,
-                    Ok((changed, _)) => {
-                        idle += usize::from(changed.outcome == Outcome::Unchanged);
-                        break;
+                    Ok((changed, _)) if changed.backend == Backend::Redis => {
+                        self.outbox().delivered(&key, change);
+                        continue;
                     }
-                    // What cannot be stored at all is not to be tried for ever:
-                    // its caller would have been told the same.
-                    Err(ManagerError::Refused { .. } | ManagerError::Invalid(_)) => delivered += 1,
-                    Err(_) => {
-                        idle += 1;
-                        break;
+                    Ok((changed, _)) => idle += usize::from(changed.outcome == Outcome::Unchanged),
+                    Err(error) if never_fits(&error) => {
+                        tracing::warn!(
+                            key = key.as_str(),
+                            %error,
+                            "a change that was made while Redis was down can never be stored and is dropped"
+                        );
+                        self.outbox().dropped(&key, change);
+                        continue;
                     }
+                    // Somebody has to look at what is stored there.
+                    Err(ManagerError::Refused { error, .. }) if concerns_the_group(&error) => {}
+                    Err(_) => idle += 1,
                 }
+                break;
             }
-            self.outbox().delivered(&key, &changes[..delivered]);
             if idle >= MAX_IDLE_DELIVERIES {
                 break;
             }
@@ -608,4 +612,23 @@ impl AlertGroupManager {
         // Nothing in there panics half way.
         self.0.outbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether the same change would be refused whenever it is made.
+fn never_fits(error: &ManagerError) -> bool {
+    match error {
+        ManagerError::Invalid(_) => true,
+        ManagerError::Refused { error, .. } => {
+            matches!(error.kind(), ErrorKind::Invalid | ErrorKind::TooLarge)
+        }
+        ManagerError::GivenUp { .. } | ManagerError::Restore(_) => false,
+    }
+}
+
+/// Whether an error is about what is stored at one key.
+fn concerns_the_group(error: &StoreError) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::Unreadable | ErrorKind::ForeignType | ErrorKind::VersionOutOfRange
+    )
 }

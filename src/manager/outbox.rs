@@ -27,6 +27,8 @@ pub struct OutboxCounts {
     pub remembered: u64,
     /// Changes that Redis has by now.
     pub delivered: u64,
+    /// Changes that can never be stored, whoever makes them again.
+    pub dropped: u64,
     /// Changes that were not remembered for want of room.
     pub refused: u64,
     /// Groups whose changes wait.
@@ -80,24 +82,30 @@ impl Outbox {
         Some((key.clone(), changes.clone()))
     }
 
-    /// Forgets changes that Redis has, as [`Outbox::next`] gave them. What has
-    /// come or was absorbed since stays.
-    pub fn delivered(&mut self, key: &GroupKey, delivered: &[Change]) {
+    /// Forgets a change that Redis has, the first of those that [`Outbox::next`] gave
+    /// and that are not forgotten yet. What has come or was absorbed since stays.
+    pub fn delivered(&mut self, key: &GroupKey, change: &Change) {
+        self.counts.delivered += u64::from(self.forget(key, change));
+    }
+
+    /// The same of a change that can never be stored.
+    pub fn dropped(&mut self, key: &GroupKey, change: &Change) {
+        self.counts.dropped += u64::from(self.forget(key, change));
+    }
+
+    /// False if it has absorbed another one, and has to be made once more.
+    fn forget(&mut self, key: &GroupKey, change: &Change) -> bool {
         let Entry::Occupied(mut entry) = self.changes.entry(key.clone()) else {
-            return;
+            return false;
         };
-        let changes = entry.get_mut();
-        let same = changes
-            .iter()
-            .zip(delivered)
-            .take_while(|(waits, delivered)| waits == delivered)
-            .count();
-        let gone: usize = changes.drain(..same).map(|change| change.weight()).sum();
-        self.weight -= gone;
-        self.counts.delivered += same as u64;
+        if entry.get().first() != Some(change) {
+            return false;
+        }
+        self.weight -= entry.get_mut().remove(0).weight();
         if entry.get().is_empty() {
             entry.remove();
         }
+        true
     }
 
     pub fn counts(&self) -> OutboxCounts {
@@ -138,10 +146,10 @@ mod tests {
         assert!(outbox.remember(&key("k"), add("a", 1)));
         let (_, first) = outbox.next(None).unwrap();
         assert!(outbox.remember(&key("k"), Change::Silence { at: Time::now() }));
-        outbox.delivered(&key("k"), &first);
+        outbox.delivered(&key("k"), &first[0]);
         let (_, rest) = outbox.next(None).unwrap();
         assert!(matches!(rest[..], [Change::Silence { .. }]));
-        outbox.delivered(&key("k"), &rest);
+        outbox.delivered(&key("k"), &rest[0]);
         assert_eq!(outbox.next(None), None);
         let counts = outbox.counts();
         assert_eq!((counts.remembered, counts.delivered), (2, 2));
@@ -154,7 +162,7 @@ mod tests {
         outbox.remember(&key("k"), add("a", 1));
         let (_, sent) = outbox.next(None).unwrap();
         outbox.remember(&key("k"), add("b", 2));
-        outbox.delivered(&key("k"), &sent);
+        outbox.delivered(&key("k"), &sent[0]);
         let (_, waits) = outbox.next(None).unwrap();
         assert_eq!(waits[0].weight(), 2);
     }

@@ -1,9 +1,13 @@
 //! Redis or an instance goes, and no alert with it.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use groupstate::{
-    manager::{ManagerSettings, Source},
+    manager::{
+        AlertGroupManager, ManagerSettings, Source, affinity::Instances,
+        remote::RemoteSettings,
+    },
+    reload::Watched,
     store::Backend,
 };
 
@@ -107,6 +111,71 @@ async fn an_alert_survives_discard_and_the_death_of_its_instance() {
     assert_eq!(alerts(&manager, "k/0").await, ["degraded"]);
     let outbox = manager.stats().outbox;
     assert_eq!((outbox.delivered, outbox.refused), (outbox.remembered, 0));
+}
+
+/// A refusal is not a delivery, whatever the reason: only what could never be stored
+/// is dropped, and counted as that.
+#[tokio::test]
+async fn the_outbox_keeps_what_is_refused_for_a_while() {
+    let mut redis = RedisServer::start().await;
+    let folder = tempfile::TempDir::new().unwrap();
+    let tokens = folder.path().join("tokens");
+    std::fs::write(&tokens, "before").unwrap();
+    let service = Service::start(&[
+        "--redis-url",
+        &redis.url(),
+        "--auth-token-file",
+        tokens.to_str().unwrap(),
+        "--reload-interval",
+        "100ms",
+    ]);
+    let settings = RemoteSettings {
+        token: Some(Watched::fixed("before".into())),
+        ..RemoteSettings::default()
+    };
+    let instances = Instances::resolve([service.addr()], settings).await;
+    let manager = AlertGroupManager::new(Arc::new(instances.unwrap()), ManagerSettings::default());
+    redis.kill();
+    degraded(&[&service]).await;
+    for number in 0..20 {
+        add(&manager, &format!("k/{number:02}"), vec![firing("a")]).await;
+    }
+    // Somebody keeps something else where the first of them belongs.
+    redis.restart().await;
+    let mut admin = redis.connect().await;
+    let () = redis::cmd("RPUSH")
+        .arg(&["group:k/00", "foreign"])
+        .query_async(&mut admin)
+        .await
+        .unwrap();
+    std::fs::write(&tokens, "after").unwrap();
+    wait_until("the token is refused", BOUND, async || {
+        manager.get(&key("unknown")).await.is_err()
+    })
+    .await;
+    assert_eq!(manager.deliver().await, 20);
+    assert_eq!(manager.stats().outbox.dropped, 0);
+
+    // With the token, all but that one are delivered, and it is not given up.
+    std::fs::write(&tokens, "before").unwrap();
+    wait_until("all others are delivered", BOUND, async || {
+        manager.deliver().await == 1
+    })
+    .await;
+    let () = redis::cmd("DEL")
+        .arg("group:k/00")
+        .query_async(&mut admin)
+        .await
+        .unwrap();
+    wait_until("the last one is delivered", BOUND, async || {
+        manager.deliver().await == 0
+    })
+    .await;
+    for number in 0..20 {
+        assert_eq!(alerts(&manager, &format!("k/{number:02}")).await, ["a"]);
+    }
+    let outbox = manager.stats().outbox;
+    assert_eq!((outbox.delivered, outbox.dropped), (outbox.remembered, 0));
 }
 
 #[tokio::test]
