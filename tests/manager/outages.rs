@@ -4,8 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use groupstate::{
     manager::{
-        AlertGroupManager, ManagerSettings, Source, affinity::Instances,
-        remote::RemoteSettings,
+        AlertGroupManager, ManagerSettings, Source, affinity::Instances, remote::RemoteSettings,
     },
     reload::Watched,
     store::Backend,
