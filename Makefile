@@ -2,7 +2,7 @@
 # `run` needs Rust, gcc and make; the rest needs what `tools` installs.
 
 .DEFAULT_GOAL := help
-.PHONY: run test chaos replicas matrix failover-times bench bench-check abuse fuzz random-client deny coverage lint dist tools proto-image prometheus-rule clean-tools next-step help
+.PHONY: run test chaos afterwards replicas matrix failover-times bench bench-check abuse fuzz random-client deny coverage lint dist tools proto-image prometheus-rule clean-tools next-step help
 .NOTPARALLEL:
 
 PROTO_IMAGE := proto/groupstate.v1.binpb
@@ -23,6 +23,9 @@ test: tools ## Install what the tests need, then run them all
 chaos: tools ## Try many fault schedules; SEEDS=1..100 (or a count), POLICY=discard or reconcile, JOBS=2 side by side, REDIS=sentinel or cluster
 	CHAOS_SEEDS='$(SEEDS)' CHAOS_POLICY='$(POLICY)' CHAOS_JOBS='$(JOBS)' CHAOS_REDIS='$(REDIS)' \
 		cargo test --locked --test chaos many_seeds -- --ignored --nocapture
+
+afterwards: tools ## Measure every rpc before and after each failure there is, and print tables
+	cargo test --locked --test afterwards table -- --ignored --nocapture
 
 replicas: tools ## Kill replicas, instances and Redis at random, and print a table; REPLICA_SEEDS=3 runs of each size
 	cargo build --locked --example alert_history_replica

@@ -8,11 +8,11 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::{
-    faults::{Site, ask},
-    schedule::{After, Fault, Step, Target},
+use super::schedule::{After, Step, Target};
+use crate::common::{
+    fault_proxy::Direction,
+    faults::{Fault, Site, ask},
 };
-use crate::common::fault_proxy::Direction;
 
 const LENGTH: Duration = Duration::from_millis(500);
 /// When to look: the fault has begun, and is not over soon.
@@ -42,8 +42,11 @@ async fn strike(persists: bool, fault: Fault) -> Amidst {
         );
         Amidst { ping, read, write }
     };
-    let (amidst, ()) = tokio::join!(look, site.strike(&step));
-    site.wait_until_writable(&step).await;
+    let (amidst, ()) = tokio::join!(
+        look,
+        site.strike(step.fault, step.length, |i| step.strikes(i))
+    );
+    site.wait_until_writable(|i| step.strikes(i)).await;
     let left = try_to(addr, "EXISTS k").await;
     let expected = if site.is_wiped_by(fault) { ":0" } else { ":1" };
     assert_eq!(left, expected, "{step}");
@@ -131,7 +134,8 @@ async fn a_loading_redis_says_so_until_it_has_read_its_file() {
         try_to(addr, &format!("SET k{key} {}", "v".repeat(1_000))).await;
     }
     let step = step(Fault::Loading(Duration::from_millis(800)));
-    site.strike(&step).await;
+    site.strike(step.fault, step.length, |i| step.strikes(i))
+        .await;
     let begin = Instant::now();
     let (mut refused, mut ready) = (0, false);
     while !ready {
@@ -165,7 +169,10 @@ async fn a_flapping_redis_hangs_and_answers_in_turn() {
         }
         (hung, answered)
     };
-    let ((hung, answered), ()) = tokio::join!(look, site.strike(&step));
+    let ((hung, answered), ()) = tokio::join!(
+        look,
+        site.strike(step.fault, step.length, |i| step.strikes(i))
+    );
     assert!(hung >= 5 && answered >= 5, "{hung} {answered}");
 }
 
@@ -209,7 +216,10 @@ async fn strike_line(fault: Fault) -> [String; 3] {
         sleep(AMIDST).await;
         line.ping().await
     };
-    let (amidst, ()) = tokio::join!(look, site.strike(&step));
+    let (amidst, ()) = tokio::join!(
+        look,
+        site.strike(step.fault, step.length, |i| step.strikes(i))
+    );
     sleep(Duration::from_millis(20)).await;
     let after = line.ping().await;
     [amidst, after, Line::open(addr).await.ping().await]
@@ -220,7 +230,7 @@ async fn a_reset_ends_open_connections_and_no_others() {
     let mut site = Site::start(false, 1).await;
     let mut line = Line::open(site.addr_for(0)).await;
     assert_eq!(line.ping().await, "+PONG");
-    site.strike(&step(Fault::Reset)).await;
+    site.strike(Fault::Reset, LENGTH, |_| true).await;
     sleep(Duration::from_millis(20)).await;
     assert_ne!(line.ping().await, "+PONG");
     assert_eq!(Line::open(site.addr_for(0)).await.ping().await, "+PONG");
@@ -236,7 +246,10 @@ async fn a_reset_ends_open_connections_and_no_others() {
         }
         ends
     };
-    let (ends, ()) = tokio::join!(look, site.strike(&flapping));
+    let (ends, ()) = tokio::join!(
+        look,
+        site.strike(flapping.fault, flapping.length, |i| flapping.strikes(i))
+    );
     assert!(ends >= 3, "{ends}");
 }
 
@@ -269,7 +282,10 @@ async fn vanishing_replies_leave_the_write_done_and_vanishing_requests_do_not() 
             assert_eq!(try_to(through, "SET k v").await, "TimedOut");
             assert_eq!(try_to(direct, "EXISTS k").await, done);
         };
-        tokio::join!(look, site.strike(&step));
+        tokio::join!(
+            look,
+            site.strike(step.fault, step.length, |i| step.strikes(i))
+        );
     }
 }
 
@@ -286,7 +302,10 @@ async fn a_partition_that_heals_delivers_late() {
         sleep(SOON).await;
         assert_eq!(try_to(direct, "EXISTS ghost").await, ":0");
     };
-    tokio::join!(look, site.strike(&step));
+    tokio::join!(
+        look,
+        site.strike(step.fault, step.length, |i| step.strikes(i))
+    );
     sleep(Duration::from_millis(50)).await;
     assert_eq!(try_to(direct, "EXISTS ghost").await, ":1");
 }
@@ -304,7 +323,10 @@ async fn stragglers_arrive_when_their_connection_is_gone() {
         line.0.write_all(b"SET ghost v\r\n").await.unwrap();
         assert_eq!(line.ping().await, "silence");
     };
-    tokio::join!(look, site.strike(&step));
+    tokio::join!(
+        look,
+        site.strike(step.fault, step.length, |i| step.strikes(i))
+    );
     let end = Instant::now();
     assert!(!["silence", "+PONG"].contains(&&*line.ping().await));
     assert_eq!(try_to(through, "EXISTS ghost").await, ":0");
@@ -324,7 +346,10 @@ async fn delayed_bytes_arrive_that_much_later() {
         assert_eq!(line.ping().await, "+PONG");
         begin.elapsed()
     };
-    let (took, ()) = tokio::join!(look, site.strike(&step));
+    let (took, ()) = tokio::join!(
+        look,
+        site.strike(step.fault, step.length, |i| step.strikes(i))
+    );
     assert!(took >= Duration::from_millis(100), "{took:?}");
     let begin = Instant::now();
     assert_eq!(line.ping().await, "+PONG");
@@ -349,6 +374,9 @@ async fn a_fault_of_one_way_leaves_the_others_alone() {
         sleep(AMIDST).await;
         (try_to(one, "PING").await, try_to(other, "PING").await)
     };
-    let ((one, other), ()) = tokio::join!(look, site.strike(&step));
+    let ((one, other), ()) = tokio::join!(
+        look,
+        site.strike(step.fault, step.length, |i| step.strikes(i))
+    );
     assert_eq!([&*one, &*other], ["ConnectionRefused", "+PONG"]);
 }

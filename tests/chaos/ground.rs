@@ -1,12 +1,10 @@
 //! Where a run takes place: on one Redis, or on several of which a replica takes
 //! over when a primary fails.
 
-use super::{
-    faults::Site,
-    schedule::{Fault, Plan, Step},
-};
+use super::schedule::{Plan, Step};
 use crate::common::{
     fault_proxy::FaultProxy,
+    faults::{Fault, Site},
     redis_server::{self, RedisServer},
     replicated::{Failure, Replicated},
 };
@@ -79,7 +77,10 @@ impl Ground {
     /// Makes a fault happen; returns at its end.
     pub async fn strike(&mut self, step: &Step) {
         match (self, step.fault) {
-            (Self::Site(site), _) => site.strike(step).await,
+            (Self::Site(site), _) => {
+                site.strike(step.fault, step.length, |i| step.strikes(i))
+                    .await
+            }
             (Self::Replicated { redis, fallen }, Fault::Failover(failure)) => {
                 redis.fail_over(failure).await;
                 *fallen = Some(failure);
@@ -99,7 +100,7 @@ impl Ground {
     /// taken over takes writes at once.
     pub async fn wait_until_writable(&self, step: &Step) {
         if let Self::Site(site) = self {
-            site.wait_until_writable(step).await;
+            site.wait_until_writable(|i| step.strikes(i)).await;
         }
     }
 }

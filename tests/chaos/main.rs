@@ -9,7 +9,7 @@
 //! |---|---|
 //! | [`schedule`] | what happens in the run of a seed |
 //! | [`ground`] | where it happens: one Redis, or several of which a replica takes over |
-//! | [`faults`] | makes it happen; [`faults_strike`] shows that it does |
+//! | [`common::faults`] | makes it happen; [`faults_strike`] shows that it does |
 //! | [`clients`], [`wire`] | writers that remember every answer |
 //! | [`watch`] | logs, metrics, probes, memory of the instances |
 //! | [`history`], [`evidence`] | what was done and seen, as plain values |
@@ -33,7 +33,6 @@ mod common;
 mod clients;
 mod discards;
 mod evidence;
-mod faults;
 mod faults_strike;
 mod ground;
 mod history;

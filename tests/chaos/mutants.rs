@@ -6,9 +6,10 @@ use super::{
     clients::Sabotage,
     report,
     run::Run,
-    schedule::{After, Fault, Plan, Policy, Step, Target},
+    schedule::{After, Plan, Policy, Step, Target},
     verdict::{Flaw, Verdict},
 };
+use crate::common::faults::Fault;
 
 fn plan(policy: Policy, steps: Vec<Step>) -> Plan {
     Plan {

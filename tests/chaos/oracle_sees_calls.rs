@@ -9,9 +9,10 @@ use super::{
         Backend::{Memory, Redis},
         Request,
     },
-    schedule::{Fault, Policy::Reconcile},
+    schedule::Policy::Reconcile,
     story::{Story, millis},
 };
+use crate::common::faults::Fault;
 
 #[test]
 fn a_call_over_its_bound_is_slow_but_for_what_the_machine_stood_still() {

@@ -7,6 +7,7 @@ use rand::{Rng, RngExt, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 
 use crate::common::{
     fault_proxy::Direction,
+    faults::Fault,
     replicated::{Failure, Kind},
 };
 
@@ -61,51 +62,6 @@ pub enum After {
     Recovered,
     /// This long after the end of the fault, in the midst of the recovery.
     Soon(Duration),
-}
-
-/// What goes wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
-    /// Redis is killed and started again at the end.
-    Kill,
-    /// Redis is killed, started again at the end, and reads its file for about
-    /// this long, answering `LOADING`. Only one that persists.
-    Loading(Duration),
-    /// Redis is stopped (SIGSTOP), and continues at the end.
-    Hang,
-    /// `CLIENT PAUSE`: all commands, or only writes.
-    Pause { writes_only: bool },
-    /// Redis follows a primary that never answers: writes get `READONLY`;
-    /// unless stale data is served, everything gets `MASTERDOWN`.
-    ReadOnly { serve_stale: bool },
-    /// Writes get `OOM`.
-    OutOfMemory,
-    /// Redis cannot save: writes get `MISCONF`.
-    Misconfigured,
-    /// Every byte arrives later by this, each way.
-    Delay(Duration),
-    /// All connections are reset, once.
-    Reset,
-    /// Bytes vanish; at the end old connections are reset, or stay dead.
-    BlackHole {
-        direction: Direction,
-        reset_after: bool,
-    },
-    /// Bytes wait, and arrive at the end.
-    Partition,
-    /// Connections are reset and new ones refused.
-    Refuse,
-    /// Redis hangs and continues, each for this long, in turn.
-    FlapHang(Duration),
-    /// All connections are reset again and again, with this pause.
-    FlapReset(Duration),
-    /// Requests get stuck, and at the end old connections are reset; this long
-    /// after that the requests reach Redis. No seed draws it: it came later than
-    /// seeds that must mean what they meant.
-    Stragglers(Duration),
-    /// A primary fails, and a replica takes over, which is the end; the primary
-    /// comes back later. Only where there is a replica.
-    Failover(Failure),
 }
 
 /// What a fault must do to an instance that is in good health before.
@@ -278,7 +234,9 @@ impl Step {
     /// What it must do to an instance it strikes.
     pub fn effect(&self) -> Effect {
         let degrades_after = match self.fault {
-            Fault::Kill | Fault::Refuse => NOTICED_REFUSAL,
+            Fault::Kill | Fault::Refuse | Fault::AcceptAndClose | Fault::Password => {
+                NOTICED_REFUSAL
+            }
             Fault::ReadOnly { .. } | Fault::OutOfMemory | Fault::Misconfigured => NOTICED_ERROR,
             Fault::Loading(duration) if self.length + duration < NOTICED_REFUSAL => {
                 return Effect::Either;
@@ -290,6 +248,7 @@ impl Step {
             | Fault::Partition
             | Fault::Pause { .. }
             | Fault::BlackHole { .. }
+            | Fault::BusyScript
             | Fault::Stragglers(_) => NOTICED_SILENCE,
             // A round trip within the time of one Redis command.
             Fault::Delay(delay) if 2 * delay <= Duration::from_millis(100) => {
@@ -302,53 +261,6 @@ impl Step {
             Effect::Degrades
         } else {
             Effect::Either
-        }
-    }
-}
-
-// === impl Fault ===
-
-impl Fault {
-    /// Whether it is a fault of connections rather than of Redis.
-    pub fn is_of_the_network(self) -> bool {
-        matches!(
-            self,
-            Self::Delay(_)
-                | Self::Reset
-                | Self::BlackHole { .. }
-                | Self::Partition
-                | Self::Refuse
-                | Self::FlapReset(_)
-                | Self::Stragglers(_)
-        )
-    }
-
-    /// Its name in tables.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Kill => "kill",
-            Self::Loading(_) => "loading",
-            Self::Hang => "hang",
-            Self::Pause { writes_only: false } => "pause",
-            Self::Pause { writes_only: true } => "pause-writes",
-            Self::ReadOnly { serve_stale: true } => "readonly",
-            Self::ReadOnly { serve_stale: false } => "masterdown",
-            Self::OutOfMemory => "oom",
-            Self::Misconfigured => "misconf",
-            Self::Delay(_) => "delay",
-            Self::Reset => "reset",
-            Self::BlackHole { direction, .. } => match direction {
-                Direction::ToServer => "blackhole-out",
-                Direction::FromServer => "blackhole-in",
-                Direction::Both => "blackhole",
-            },
-            Self::Partition => "partition",
-            Self::Refuse => "refuse",
-            Self::FlapHang(_) => "flap-hang",
-            Self::FlapReset(_) => "flap-reset",
-            Self::Stragglers(_) => "stragglers",
-            Self::Failover(Failure::Kill) => "failover-kill",
-            Self::Failover(Failure::Hang) => "failover-hang",
         }
     }
 }

@@ -8,8 +8,9 @@ use super::{
     evidence::{Evidence, InstanceRecord, Outage, Sample, Struck},
     history::{Backend, Call, Content, Found, Key, Moment, Reply, Request, Role},
     oracle::judge,
-    schedule::{After, Fault, Policy, Step, Target},
+    schedule::{After, Policy, Step, Target},
 };
+use crate::common::faults::Fault;
 
 /// A history in the making. Calls follow each other every 10 ms and take 1 ms.
 pub struct Story {

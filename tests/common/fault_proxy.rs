@@ -225,13 +225,13 @@ async fn pass(
     }
 }
 
-/// Carries bytes one way until the connection ends. Never ends once bytes have
-/// vanished: who cannot be heard cannot say goodbye either.
+/// Carries bytes one way until the connection ends. Once bytes have vanished it does
+/// not end before the black hole does: who cannot be heard cannot say goodbye either.
 async fn pump(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
     way: Direction,
-    behaviour: watch::Receiver<Behaviour>,
+    mut behaviour: watch::Receiver<Behaviour>,
     late: Arc<LateRequests>,
 ) {
     let (sender, mut line) = mpsc::unbounded_channel::<(Instant, Vec<u8>)>();
@@ -247,10 +247,12 @@ async fn pump(
             dead |= now
                 .swallowed
                 .is_some_and(|swallowed| swallowed == Direction::Both || swallowed == way);
-            if dead && count == 0 {
+            if dead && count == 0 && way == Direction::FromServer {
                 std::future::pending::<()>().await;
             }
             if count == 0 {
+                // A goodbye that nobody has heard is said again.
+                let _ = behaviour.wait_for(|now| now.swallowed.is_none()).await;
                 return;
             }
             let mut bytes = buffer[..count].to_vec();

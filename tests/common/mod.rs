@@ -4,8 +4,10 @@
 #![allow(dead_code, reason = "each test binary uses some of the helpers")]
 
 pub mod certificates;
+pub mod condition;
 pub mod examples;
 pub mod fault_proxy;
+pub mod faults;
 pub mod http;
 pub mod late_requests;
 pub mod lossy_proxy;
@@ -14,21 +16,25 @@ pub mod proxy;
 pub mod redis_cluster;
 pub mod redis_sentinel;
 pub mod redis_server;
+pub mod redis_tls;
 pub mod replicated;
 pub mod resp;
 pub mod service;
+pub mod stalls;
 
 use std::{
     collections::BTreeMap,
     net::{SocketAddr, TcpListener},
     path::PathBuf,
     process::{Child, Command},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use groupstate::group::{
     Alert, AlertGroup, AlertStatus, GroupKey, GroupMetadata, GroupState, Time,
 };
+
+use self::stalls::Bound;
 
 /// A child process that ends with this value.
 pub struct Process {
@@ -46,6 +52,7 @@ impl Process {
                 command.get_program()
             )
         });
+        stalls::follow(child.id());
         Self { child }
     }
 
@@ -60,6 +67,7 @@ impl Process {
 
     /// Ends the process at once and waits until it is gone.
     pub fn kill(&mut self) {
+        stalls::leave(self.child.id());
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -106,15 +114,15 @@ pub fn example(name: &str) -> PathBuf {
     profile.join("examples").join(name)
 }
 
-/// Waits until `condition` holds, at most `bound`.
+/// Waits until `condition` holds, at most for a [`Bound`] of this length.
 pub async fn wait_until<F: Future<Output = bool>>(
     what: &str,
     bound: Duration,
     mut condition: impl FnMut() -> F,
 ) {
-    let begin = Instant::now();
+    let bound = Bound::of(bound);
     while !condition().await {
-        assert!(begin.elapsed() < bound, "{what}: not within {bound:?}");
+        bound.assert_holds(what);
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

@@ -17,12 +17,11 @@ use crate::{
     common::{
         certificates::Valid,
         redis_server::{self, RedisServer, url},
+        redis_tls::{Authority, tls_server},
         replicated::{Kind, Replicated},
         service::Service,
     },
-    store_request,
-    tls::{Authority, tls_server},
-    works_on_redis,
+    store_request, works_on_redis,
 };
 
 /// Much longer than the service of these tests leaves between two looks, and than

@@ -1,92 +1,18 @@
 //! TLS to Redis: who is believed, and who believes us.
 
-use std::{
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    time::Duration,
-};
-
-use tempfile::TempDir;
+use std::time::Duration;
 
 use crate::{
     common::{
-        certificates::{Ca, Issued, Valid},
-        free_address,
+        certificates::Valid,
         redis_cluster::RedisCluster,
         redis_sentinel::Sentinel,
-        redis_server::{RedisServer, login, url},
+        redis_server::{login, url},
+        redis_tls::{Authority, tls_server},
         service::Service,
     },
     says_why_not, works_on_redis,
 };
-
-/// A CA, and the files of what it signs.
-pub struct Authority {
-    pub ca: Ca,
-    folder: TempDir,
-}
-
-impl Authority {
-    pub fn new(name: &str) -> Self {
-        let authority = Self {
-            ca: Ca::new(name),
-            folder: TempDir::new().unwrap(),
-        };
-        authority.ca.write(authority.folder.path(), "ca.pem");
-        authority
-    }
-
-    /// Where they lie.
-    pub fn folder(&self) -> &Path {
-        self.folder.path()
-    }
-
-    /// The file of its own certificate.
-    pub fn ca(&self) -> String {
-        shown(self.folder.path().join("ca.pem"))
-    }
-
-    /// The files of a certificate and its key.
-    pub fn files(&self, name: &str, issued: &Issued) -> [String; 2] {
-        let (cert, key) = issued.write(self.folder.path(), name);
-        [shown(cert), shown(key)]
-    }
-
-    /// Settings of a Redis with such a certificate.
-    fn server_settings(&self, issued: &Issued) -> Vec<String> {
-        let [cert, key] = self.files("server", issued);
-        let settings = [
-            ["--tls-cert-file", &cert],
-            ["--tls-key-file", &key],
-            ["--tls-ca-cert-file", &self.ca()],
-        ];
-        settings
-            .as_flattened()
-            .iter()
-            .map(ToString::to_string)
-            .collect()
-    }
-}
-
-fn shown(path: PathBuf) -> String {
-    path.display().to_string()
-}
-
-/// A Redis with a certificate, and its address for TLS. Clients must show one of
-/// the same authority if `mutual`.
-pub async fn tls_server(
-    authority: &Authority,
-    issued: &Issued,
-    mutual: bool,
-) -> (RedisServer, SocketAddr) {
-    let addr = free_address();
-    let port = addr.port().to_string();
-    let settings = authority.server_settings(issued);
-    let mut settings: Vec<&str> = settings.iter().map(String::as_str).collect();
-    settings.extend(["--tls-port", &port, "--tls-auth-clients"]);
-    settings.push(if mutual { "yes" } else { "no" });
-    (RedisServer::start_with(&settings).await, addr)
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redis_with_a_certificate_of_the_authority_is_used() {

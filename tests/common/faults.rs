@@ -4,6 +4,7 @@ use std::{
     io,
     net::{SocketAddr, TcpListener},
     path::Path,
+    pin::pin,
     time::Duration,
 };
 
@@ -11,14 +12,68 @@ use redis::{FromRedisValue, cmd};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     net::TcpStream,
-    time::{Instant, sleep, sleep_until},
+    time::{Instant, sleep},
 };
 
-use super::schedule::{Fault, Step};
-use crate::common::{
-    fault_proxy::FaultProxy,
+use super::{
+    fault_proxy::{Direction, FaultProxy},
+    free_address,
     redis_server::{self, RedisServer},
+    replicated::Failure,
 };
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Redis is killed and started again at the end.
+    Kill,
+    /// Redis is killed, started again at the end, and reads its file for about
+    /// this long, answering `LOADING`. Only one that persists.
+    Loading(Duration),
+    /// Redis is stopped (SIGSTOP), and continues at the end.
+    Hang,
+    /// `CLIENT PAUSE`: all commands, or only writes.
+    Pause { writes_only: bool },
+    /// Redis follows a primary that never answers: writes get `READONLY`;
+    /// unless stale data is served, everything gets `MASTERDOWN`.
+    ReadOnly { serve_stale: bool },
+    /// Writes get `OOM`.
+    OutOfMemory,
+    /// Redis cannot save: writes get `MISCONF`.
+    Misconfigured,
+    /// Every byte arrives later by this, each way.
+    Delay(Duration),
+    /// All connections are reset, once.
+    Reset,
+    /// Bytes vanish; at the end old connections are reset, or stay dead.
+    BlackHole {
+        direction: Direction,
+        reset_after: bool,
+    },
+    /// Bytes wait, and arrive at the end.
+    Partition,
+    /// Connections are reset and new ones refused.
+    Refuse,
+    /// Redis hangs and continues, each for this long, in turn.
+    FlapHang(Duration),
+    /// All connections are reset again and again, with this pause.
+    FlapReset(Duration),
+    /// Requests get stuck, and at the end old connections are reset; this long
+    /// after that the requests reach Redis. No seed draws it: it came later than
+    /// seeds that must mean what they meant.
+    Stragglers(Duration),
+    /// A script runs until the end: at first Redis is silent, then everything gets
+    /// `BUSY`. No seed draws it either, nor those below.
+    BusyScript,
+    /// The password of the service is another one, and all connections are ended:
+    /// new ones get `WRONGPASS`.
+    Password,
+    /// Connections are reset, and new ones accepted and closed at once.
+    AcceptAndClose,
+    /// A primary fails, and a replica takes over, which is the end; the primary
+    /// comes back later. Only where there is a replica.
+    Failover(Failure),
+}
 
 /// A Redis, and the ways of the instances to it.
 pub struct Site {
@@ -31,6 +86,59 @@ pub struct Site {
 /// Redis must answer writes this soon after the end of a fault, or the fault is
 /// not what it is meant to be.
 const WRITABLE_WITHIN: Duration = Duration::from_secs(10);
+/// Redis answers a command of the test within this.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+// === impl Fault ===
+
+impl Fault {
+    /// Whether it is a fault of connections rather than of Redis.
+    pub fn is_of_the_network(self) -> bool {
+        matches!(
+            self,
+            Self::Delay(_)
+                | Self::Reset
+                | Self::BlackHole { .. }
+                | Self::Partition
+                | Self::Refuse
+                | Self::FlapReset(_)
+                | Self::Stragglers(_)
+                | Self::AcceptAndClose
+        )
+    }
+
+    /// Its name in tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kill => "kill",
+            Self::Loading(_) => "loading",
+            Self::Hang => "hang",
+            Self::Pause { writes_only: false } => "pause",
+            Self::Pause { writes_only: true } => "pause-writes",
+            Self::ReadOnly { serve_stale: true } => "readonly",
+            Self::ReadOnly { serve_stale: false } => "masterdown",
+            Self::OutOfMemory => "oom",
+            Self::Misconfigured => "misconf",
+            Self::Delay(_) => "delay",
+            Self::Reset => "reset",
+            Self::BlackHole { direction, .. } => match direction {
+                Direction::ToServer => "blackhole-out",
+                Direction::FromServer => "blackhole-in",
+                Direction::Both => "blackhole",
+            },
+            Self::Partition => "partition",
+            Self::Refuse => "refuse",
+            Self::FlapHang(_) => "flap-hang",
+            Self::FlapReset(_) => "flap-reset",
+            Self::Stragglers(_) => "stragglers",
+            Self::BusyScript => "busy-script",
+            Self::Password => "password",
+            Self::AcceptAndClose => "accept-and-close",
+            Self::Failover(Failure::Kill) => "failover-kill",
+            Self::Failover(Failure::Hang) => "failover-hang",
+        }
+    }
+}
 
 // === impl Site ===
 
@@ -72,71 +180,99 @@ impl Site {
         fault == Fault::Kill && !self.persists
     }
 
-    /// Makes a fault happen; returns at its end.
-    pub async fn strike(&mut self, step: &Step) {
-        let end = Instant::now() + step.length;
-        match step.fault {
+    /// Makes a fault of this length happen, those of the network to the instances
+    /// that are `struck`; returns at its end.
+    pub async fn strike(&mut self, fault: Fault, length: Duration, struck: impl Fn(usize) -> bool) {
+        self.strike_until(fault, length, sleep(length), struck)
+            .await;
+    }
+
+    /// The same until a condition holds. A pause cannot be ended before its `length`.
+    pub async fn strike_until(
+        &mut self,
+        fault: Fault,
+        length: Duration,
+        end: impl Future<Output = ()>,
+        struck: impl Fn(usize) -> bool,
+    ) {
+        let end = pin!(end);
+        match fault {
             Fault::Kill => {
                 self.redis.kill();
-                sleep_until(end).await;
+                end.await;
                 self.redis.launch_again(&[]);
             }
-            Fault::Loading(duration) => self.strike_by_loading(step.length, duration).await,
+            Fault::Loading(duration) => self.strike_by_loading(end, duration).await,
             Fault::Hang => {
                 self.redis.process().signal("STOP");
-                sleep_until(end).await;
+                end.await;
                 self.redis.process().signal("CONT");
             }
             Fault::Pause { writes_only } => {
-                let millis = step.length.as_millis().to_string();
+                let millis = length.as_millis().to_string();
                 let mut command = vec!["CLIENT", "PAUSE", &millis];
                 if redis_server::version() >= (6, 2) {
                     command.push(if writes_only { "WRITE" } else { "ALL" });
                 }
                 self.admin(&command).await;
                 // Redis ends it by itself.
-                sleep_until(end).await;
+                sleep(length).await;
             }
             Fault::ReadOnly { serve_stale } => self.strike_by_following(end, serve_stale).await,
             Fault::OutOfMemory => {
                 self.configure("maxmemory", "1").await;
-                sleep_until(end).await;
+                end.await;
                 self.configure("maxmemory", "0").await;
             }
             Fault::Misconfigured => self.strike_by_failing_saves(end).await,
             Fault::FlapHang(period) => {
-                while Instant::now() < end {
+                let mut end = end;
+                while !is_over(&mut end).await {
                     self.redis.process().signal("STOP");
                     sleep(period).await;
                     self.redis.process().signal("CONT");
                     sleep(period).await;
                 }
             }
-            Fault::Failover(_) => unreachable!("{step}: there is no replica"),
+            Fault::BusyScript => self.strike_by_script(end).await,
+            Fault::Password => {
+                self.set_password("another-password").await;
+                let [user, password] = redis_server::login();
+                self.admin(&["CLIENT", "KILL", "USER", user]).await;
+                end.await;
+                self.set_password(password).await;
+            }
+            Fault::Failover(_) => unreachable!("{}: there is no replica", fault.name()),
             Fault::Delay(_)
             | Fault::Reset
             | Fault::BlackHole { .. }
             | Fault::Partition
             | Fault::Refuse
             | Fault::FlapReset(_)
-            | Fault::Stragglers(_) => self.strike_the_network(step, end).await,
+            | Fault::Stragglers(_)
+            | Fault::AcceptAndClose => self.strike_the_network(fault, end, struck).await,
         }
     }
 
-    async fn strike_the_network(&mut self, step: &Step, end: Instant) {
+    async fn strike_the_network(
+        &mut self,
+        fault: Fault,
+        end: impl Future<Output = ()>,
+        struck: impl Fn(usize) -> bool,
+    ) {
         let mut struck: Vec<&mut FaultProxy> = self
             .proxies
             .iter_mut()
             .enumerate()
-            .filter_map(|(instance, proxy)| step.strikes(instance).then_some(proxy))
+            .filter_map(|(instance, proxy)| struck(instance).then_some(proxy))
             .collect();
-        assert!(!struck.is_empty(), "{step}: no proxy");
-        match step.fault {
+        assert!(!struck.is_empty(), "{}: no proxy", fault.name());
+        match fault {
             Fault::Delay(delay) => {
                 for proxy in &struck {
                     proxy.delay(delay);
                 }
-                sleep_until(end).await;
+                end.await;
                 for proxy in &struck {
                     proxy.delay(Duration::ZERO);
                 }
@@ -153,7 +289,7 @@ impl Site {
                 for proxy in &struck {
                     proxy.swallow(direction);
                 }
-                sleep_until(end).await;
+                end.await;
                 for proxy in &struck {
                     proxy.stop_swallowing();
                     if reset_after {
@@ -165,7 +301,7 @@ impl Site {
                 for proxy in &struck {
                     proxy.hold();
                 }
-                sleep_until(end).await;
+                end.await;
                 for proxy in &struck {
                     proxy.release();
                 }
@@ -175,13 +311,14 @@ impl Site {
                     proxy.refuse().await;
                     proxy.reset_all();
                 }
-                sleep_until(end).await;
+                end.await;
                 for proxy in &mut struck {
                     proxy.accept().await;
                 }
             }
             Fault::FlapReset(period) => {
-                while Instant::now() < end {
+                let mut end = pin!(end);
+                while !is_over(&mut end).await {
                     for proxy in &struck {
                         proxy.reset_all();
                     }
@@ -192,18 +329,29 @@ impl Site {
                 for proxy in &struck {
                     proxy.divert(delay);
                 }
-                sleep_until(end).await;
+                end.await;
                 for proxy in &struck {
                     proxy.stop_swallowing();
                     proxy.reset_all();
                 }
             }
-            _ => unreachable!("{step} is not of the network"),
+            Fault::AcceptAndClose => {
+                let nobody = free_address();
+                for proxy in &mut struck {
+                    proxy.lead_to(nobody).await;
+                    proxy.reset_all();
+                }
+                end.await;
+                for proxy in &mut struck {
+                    proxy.lead_to(self.redis.addr()).await;
+                }
+            }
+            _ => unreachable!("{} is not of the network", fault.name()),
         }
     }
 
     /// Kills Redis, and starts it so that reading its file takes `duration`.
-    async fn strike_by_loading(&mut self, length: Duration, duration: Duration) {
+    async fn strike_by_loading(&mut self, end: impl Future<Output = ()>, duration: Duration) {
         assert!(self.persists, "nothing to load");
         // All groups go into one base file: while Redis reads that it answers,
         // with LOADING.
@@ -219,7 +367,7 @@ impl Site {
         }
         let keys: u64 = self.ask(&["DBSIZE"]).await;
         self.redis.kill();
-        sleep(length).await;
+        end.await;
         // It pauses for each key of the base file and for each command behind it.
         let pauses = keys.max(1) + commands_behind_base(self.redis.folder());
         let micros = duration.as_micros() / u128::from(pauses);
@@ -234,19 +382,19 @@ impl Site {
 
     /// Makes Redis a replica of a primary that accepts connections and says
     /// nothing, so that nothing is ever copied from it.
-    async fn strike_by_following(&mut self, end: Instant, serve_stale: bool) {
+    async fn strike_by_following(&mut self, end: impl Future<Output = ()>, serve_stale: bool) {
         let silent = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let port = silent.local_addr().expect("it is bound").port().to_string();
         let stale = if serve_stale { "yes" } else { "no" };
         self.configure("replica-serve-stale-data", stale).await;
         self.admin(&["REPLICAOF", "127.0.0.1", &port]).await;
-        sleep_until(end).await;
+        end.await;
         self.admin(&["REPLICAOF", "NO", "ONE"]).await;
         self.configure("replica-serve-stale-data", "yes").await;
     }
 
     /// Makes saving fail: even root cannot write into a folder that is gone.
-    async fn strike_by_failing_saves(&mut self, end: Instant) {
+    async fn strike_by_failing_saves(&mut self, end: impl Future<Output = ()>) {
         let folder = self.redis.folder().to_owned();
         let gone = folder.join("gone");
         std::fs::create_dir_all(&gone).expect("a folder of the test");
@@ -255,11 +403,36 @@ impl Site {
         self.configure("stop-writes-on-bgsave-error", "yes").await;
         self.configure("save", "3600 1").await;
         self.admin(&["BGSAVE"]).await;
-        sleep_until(end).await;
+        end.await;
         // In this order: it must never save for real.
         self.configure("save", "").await;
         let folder = folder.display().to_string();
         self.configure("dir", &folder).await;
+    }
+
+    /// Keeps Redis busy with a script that has written nothing, so that it can be
+    /// ended.
+    async fn strike_by_script(&mut self, end: impl Future<Output = ()>) {
+        self.configure("lua-time-limit", "700").await;
+        let mut connection = self.redis.connect().await;
+        let script = tokio::spawn(async move {
+            let mut endless = cmd("EVAL");
+            let endless = endless.arg("while true do end").arg(0);
+            endless.query_async::<redis::Value>(&mut connection).await
+        });
+        end.await;
+        let killed = ask(self.redis.addr(), "SCRIPT KILL", PATIENCE).await;
+        assert_eq!(killed.ok().as_deref(), Some("+OK"), "the script is killed");
+        let ended = script.await.expect("it does not panic");
+        assert!(ended.is_err(), "the script runs until it is killed");
+    }
+
+    /// Of the service.
+    async fn set_password(&self, password: &str) {
+        let [user, _] = redis_server::login();
+        let password = format!(">{password}");
+        self.admin(&["ACL", "SETUSER", user, "resetpass", &password])
+            .await;
     }
 
     async fn configure(&self, name: &str, value: &str) {
@@ -286,25 +459,27 @@ impl Site {
         }
     }
 
-    /// Waits until everybody who was struck can write to Redis on a new
+    /// Waits until everybody who was `struck` can write to Redis on a new
     /// connection.
-    pub async fn wait_until_writable(&self, step: &Step) {
+    pub async fn wait_until_writable(&self, struck: impl Fn(usize) -> bool) {
         let begin = Instant::now();
         for instance in 0..self.proxies.len().max(1) {
-            if !step.strikes(instance) && !self.proxies.is_empty() {
+            if !struck(instance) && !self.proxies.is_empty() {
                 continue;
             }
             let addr = self.addr_for(instance);
             let soon = Duration::from_millis(200);
             while ask(addr, "SET chaos:probe 1", soon).await.ok().as_deref() != Some("+OK") {
-                assert!(
-                    begin.elapsed() < WRITABLE_WITHIN,
-                    "{step}: Redis does not recover"
-                );
+                assert!(begin.elapsed() < WRITABLE_WITHIN, "Redis does not recover");
                 sleep(Duration::from_millis(5)).await;
             }
         }
     }
+}
+
+/// Whether a condition holds by now.
+async fn is_over(end: &mut (impl Future<Output = ()> + Unpin)) -> bool {
+    futures::poll!(end).is_ready()
 }
 
 /// Sends a command on a new connection; the first line of the answer.
