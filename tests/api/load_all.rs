@@ -9,6 +9,7 @@ use crate::{
     common::{
         redis_server::RedisServer,
         service::{Client, Service},
+        stalls::Bound,
     },
     group, load_request,
 };
@@ -83,14 +84,20 @@ async fn a_deadline_ends_a_load_all_without_a_summary() {
     request
         .metadata_mut()
         .insert("grpc-timeout", "200m".parse().unwrap());
-    let mut stream = client.load_all(request).await.unwrap().into_inner();
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let status = loop {
-        match stream.message().await {
-            Ok(Some(message)) => assert_eq!(message.summary, None),
-            Ok(None) => panic!("it looks complete"),
-            Err(status) => break status,
+    let status = match client.load_all(request).await {
+        Ok(stream) => {
+            let mut stream = stream.into_inner();
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            loop {
+                match stream.message().await {
+                    Ok(Some(message)) => assert_eq!(message.summary, None),
+                    Ok(None) => panic!("it looks complete"),
+                    Err(status) => break status,
+                }
+            }
         }
+        // On a busy machine it may be over before it begins.
+        Err(status) => status,
     };
     crate::assert_status(&status, tonic::Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
 }
@@ -115,8 +122,13 @@ async fn a_reader_that_stops_reading_costs_neither_memory_nor_speed() {
     stream.message().await.unwrap().unwrap();
     let mut most = 0;
     let mut during = Duration::MAX;
-    for _ in 0..5 {
-        // The best of several rounds: other tests share this machine.
+    let as_usual = usual * 3 + Duration::from_millis(1);
+    let bound = Bound::of(Duration::from_secs(10));
+    let mut rounds = 0;
+    // The best of several rounds: other tests share this machine.
+    while rounds < 5 || during >= as_usual {
+        assert!(!bound.is_over(), "{usual:?} → {during:?}");
+        rounds += 1;
         during = during.min(median_load(&mut client).await);
         most = most.max(service.resident_bytes());
     }
@@ -126,10 +138,6 @@ async fn a_reader_that_stops_reading_costs_neither_memory_nor_speed() {
         grown / 1024
     );
     assert!(grown < 64 << 20, "{grown} bytes more");
-    assert!(
-        during < usual * 3 + Duration::from_millis(1),
-        "{usual:?} → {during:?}"
-    );
 
     // It goes on from where it stopped when it is read again.
     let mut groups = 0;

@@ -16,7 +16,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{late_requests::LateRequests, redis_server, resp::Requests};
+use super::{late_requests::LateRequests, redis_server, resp::Requests, stalls::Bound};
 
 /// Passes connections on to a server, with faults on demand. Ends when dropped.
 pub struct FaultProxy {
@@ -146,16 +146,12 @@ impl FaultProxy {
         if self.accepting.is_some() {
             return;
         }
-        let begin = Instant::now();
+        let bound = Bound::of(Duration::from_secs(5));
         loop {
             match TcpListener::bind(self.addr).await {
                 Ok(listener) => return self.accept_from(listener),
                 // A client of somebody else may hold the port for a moment.
-                Err(error) => assert!(
-                    begin.elapsed() < Duration::from_secs(5),
-                    "{}: {error}",
-                    self.addr
-                ),
+                Err(error) => assert!(!bound.is_over(), "{}: {error}", self.addr),
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }

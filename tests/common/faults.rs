@@ -12,7 +12,7 @@ use redis::{FromRedisValue, cmd};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     net::TcpStream,
-    time::{Instant, sleep},
+    time::sleep,
 };
 
 use super::{
@@ -20,6 +20,7 @@ use super::{
     free_address,
     redis_server::{self, RedisServer},
     replicated::Failure,
+    stalls::{Bound, within},
 };
 
 /// What goes wrong.
@@ -462,7 +463,7 @@ impl Site {
     /// Waits until everybody who was `struck` can write to Redis on a new
     /// connection.
     pub async fn wait_until_writable(&self, struck: impl Fn(usize) -> bool) {
-        let begin = Instant::now();
+        let bound = Bound::of(WRITABLE_WITHIN);
         for instance in 0..self.proxies.len().max(1) {
             if !struck(instance) && !self.proxies.is_empty() {
                 continue;
@@ -470,7 +471,7 @@ impl Site {
             let addr = self.addr_for(instance);
             let soon = Duration::from_millis(200);
             while ask(addr, "SET chaos:probe 1", soon).await.ok().as_deref() != Some("+OK") {
-                assert!(begin.elapsed() < WRITABLE_WITHIN, "Redis does not recover");
+                bound.assert_holds("Redis takes writes again");
                 sleep(Duration::from_millis(5)).await;
             }
         }
@@ -495,7 +496,8 @@ pub async fn ask(addr: SocketAddr, command: &str, bound: Duration) -> io::Result
             _ => Ok(line.trim_end().to_owned()),
         }
     };
-    tokio::time::timeout(bound, exchange).await?
+    let late = Err(io::ErrorKind::TimedOut.into());
+    within(bound, exchange).await.unwrap_or(late)
 }
 
 /// Number of commands in the append-only files of Redis: what was written since, or while,

@@ -33,6 +33,7 @@ use std::{
 use groupstate::group::{
     Alert, AlertGroup, AlertStatus, GroupKey, GroupMetadata, GroupState, Time,
 };
+use rustix::process::{Pid, Signal, kill_process};
 
 use self::stalls::Bound;
 
@@ -58,11 +59,17 @@ impl Process {
 
     /// Sends a signal by its name, such as `STOP`.
     pub fn signal(&self, name: &str) {
-        let status = Command::new("kill")
-            .args([&format!("-{name}"), &self.child.id().to_string()])
-            .status()
-            .expect("kill is part of every system");
-        assert!(status.success(), "kill -{name}");
+        let signal = match name {
+            "CONT" => Signal::CONT,
+            "HUP" => Signal::HUP,
+            "INT" => Signal::INT,
+            "STOP" => Signal::STOP,
+            "TERM" => Signal::TERM,
+            other => panic!("no signal {other} is used"),
+        };
+        let pid = i32::try_from(self.child.id()).unwrap();
+        let sent = kill_process(Pid::from_raw(pid).unwrap(), signal);
+        assert!(sent.is_ok(), "{name}: {sent:?}");
     }
 
     /// Ends the process at once and waits until it is gone.

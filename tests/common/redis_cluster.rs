@@ -1,9 +1,6 @@
 //! A real Redis Cluster.
 
-use std::{
-    net::SocketAddr,
-    time::{Duration, Instant},
-};
+use std::{net::SocketAddr, time::Duration};
 
 use redis::{FromRedisValue, aio::MultiplexedConnection};
 
@@ -11,6 +8,7 @@ use super::{
     fault_proxy::FaultProxy,
     free_address,
     redis_server::{self, RedisServer},
+    stalls::Bound,
 };
 
 /// Three primaries that share the slots, some with a replica.
@@ -166,13 +164,13 @@ impl RedisCluster {
         self.meet().await;
         for (replica, primary) in self.replicas.iter().zip(&self.primaries) {
             let id: String = cluster(&mut primary.connect().await, &["MYID"]).await;
-            let begin = Instant::now();
+            let bound = Bound::of(Duration::from_secs(10));
             let mut connection = replica.connect().await;
             let mut command = redis::cmd("CLUSTER");
             command.arg("REPLICATE").arg(&id);
             // Until it has heard of the primary by gossip.
             while command.query_async::<()>(&mut connection).await.is_err() {
-                assert!(begin.elapsed() < Duration::from_secs(10), "no replica");
+                bound.assert_holds("it becomes a replica");
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }
@@ -208,7 +206,7 @@ impl RedisCluster {
     }
 
     async fn wait_for_all(&self, what: &str, holds: impl Fn(&str) -> bool) {
-        let begin = Instant::now();
+        let bound = Bound::of(Duration::from_secs(20));
         for node in self.nodes() {
             let mut connection = node.connect().await;
             loop {
@@ -216,8 +214,7 @@ impl RedisCluster {
                 if holds(&info) {
                     break;
                 }
-                let waited = begin.elapsed();
-                assert!(waited < Duration::from_secs(20), "the nodes {what}: {info}");
+                assert!(!bound.is_over(), "the nodes {what}: {info}");
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }
@@ -248,7 +245,7 @@ async fn setting(node: &RedisServer, name: &str) -> String {
 }
 
 async fn wait_until_in_sync(replica: &RedisServer, primary: &RedisServer) {
-    let begin = Instant::now();
+    let bound = Bound::of(Duration::from_secs(20));
     loop {
         // A change of its role ends all connections.
         let info: Result<String, _> = redis::cmd("INFO")
@@ -262,7 +259,7 @@ async fn wait_until_in_sync(replica: &RedisServer, primary: &RedisServer) {
             return;
         }
         assert!(
-            begin.elapsed() < Duration::from_secs(20),
+            !bound.is_over(),
             "{} does not follow {}: {info:?}",
             replica.addr(),
             primary.addr()

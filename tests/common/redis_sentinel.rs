@@ -4,7 +4,7 @@ use std::{
     fs,
     net::SocketAddr,
     process::{Command, Stdio},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use redis::{FromRedisValue, aio::MultiplexedConnection};
@@ -13,6 +13,7 @@ use tempfile::TempDir;
 use super::{
     Process, free_address,
     redis_server::{self, RedisServer},
+    stalls::Bound,
 };
 
 /// A primary, two replicas, and three sentinels.
@@ -82,14 +83,14 @@ impl RedisSentinel {
 
     /// Waits until another server than `old` is the primary.
     pub async fn wait_until_promoted(&self, old: usize, bound: Duration) -> usize {
-        let begin = Instant::now();
+        let bound = Bound::of(bound);
         loop {
             for (index, server) in self.servers.iter().enumerate() {
                 if index != old && is_primary(server).await {
                     return index;
                 }
             }
-            assert!(begin.elapsed() < bound, "no replica takes over");
+            bound.assert_holds("a replica takes over");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
@@ -97,10 +98,10 @@ impl RedisSentinel {
     /// Waits until every server but the primary follows that, and every sentinel
     /// knows it.
     pub async fn wait_until_ready(&self) {
-        let begin = Instant::now();
+        let bound = Bound::of(READY_WITHIN);
         'wait: loop {
             assert!(
-                begin.elapsed() < READY_WITHIN,
+                !bound.is_over(),
                 "the sentinels are not ready; they say: {:#?}",
                 self.sentinels.iter().map(Sentinel::log).collect::<Vec<_>>()
             );
@@ -200,8 +201,8 @@ impl Sentinel {
 
     /// Waits until it listens; false if it ended instead.
     async fn is_up(&mut self) -> bool {
-        let begin = Instant::now();
-        while begin.elapsed() < READY_WITHIN {
+        let bound = Bound::of(READY_WITHIN);
+        while !bound.is_over() {
             if self.log().contains("Sentinel ID is") {
                 return true;
             }

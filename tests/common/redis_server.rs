@@ -6,7 +6,7 @@ use std::{
     net::SocketAddr,
     path::Path,
     process::{Command, Stdio},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use redis::{AsyncConnectionConfig, Client, RedisResult, aio::MultiplexedConnection};
@@ -16,7 +16,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::{Process, free_address};
+use super::{Process, free_address, stalls::Bound};
 
 pub const INSTALL: &str = "run `make tools`, or as root: apt-get install redis-server";
 
@@ -129,8 +129,8 @@ impl RedisServer {
 
     /// Waits until it answers; false if it ended instead.
     async fn is_up(&mut self) -> bool {
-        let begin = Instant::now();
-        while begin.elapsed() < Duration::from_secs(10) {
+        let bound = Bound::of(PATIENCE);
+        while !bound.is_over() {
             if self.process.child.try_wait().unwrap().is_some() {
                 return false;
             }

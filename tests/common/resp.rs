@@ -22,9 +22,9 @@ struct Request {
 /// The scripts that write, told apart by how many `ARGV` they get, and which of
 /// these is the deadline.
 pub const DEADLINES: [(usize, usize); 3] = [
-    (8, 5), // write.lua
-    (3, 2), // delete.lua
-    (5, 4), // restore.lua
+    (10, 5), // write.lua
+    (5, 2),  // delete.lua
+    (6, 4),  // restore.lua
 ];
 
 /// `EVALSHA`, the digest, the number of keys, and the key.

@@ -4,13 +4,13 @@ use std::{
     io::{BufRead, BufReader},
     process::{Command, ExitStatus, Stdio},
     sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use groupstate::grpc::proto::group_state_service_client::GroupStateServiceClient;
 use tonic::transport::{Channel, Endpoint};
 
-use super::{Process, http};
+use super::{Process, http, stalls::Bound};
 
 pub type Client = GroupStateServiceClient<Channel>;
 
@@ -130,14 +130,14 @@ impl Service {
 
     /// Waits for a line that contains `text`, and returns it.
     pub fn wait_for_log(&self, text: &str, bound: Duration) -> String {
-        let begin = Instant::now();
+        let bound = Bound::of(bound);
         loop {
             if let Some(line) = self.log().iter().find(|line| line.contains(text)) {
                 return line.clone();
             }
             assert!(
-                begin.elapsed() < bound,
-                "the log does not say {text:?}: {:#?}",
+                !bound.is_over(),
+                "the log does not say {text:?} within {bound:?}: {:#?}",
                 self.log()
             );
             std::thread::sleep(Duration::from_millis(10));
@@ -146,12 +146,16 @@ impl Service {
 
     /// Waits until the process has ended.
     pub fn wait_for_exit(&mut self, bound: Duration) -> ExitStatus {
-        let begin = Instant::now();
+        let bound = Bound::of(bound);
         loop {
             if let Some(status) = self.process.child.try_wait().unwrap() {
                 return status;
             }
-            assert!(begin.elapsed() < bound, "still running: {:#?}", self.log());
+            assert!(
+                !bound.is_over(),
+                "still running after {bound:?}: {:#?}",
+                self.log()
+            );
             std::thread::sleep(Duration::from_millis(10));
         }
     }

@@ -8,6 +8,7 @@
 use std::{
     collections::HashMap,
     fmt, fs,
+    pin::pin,
     sync::{Mutex, MutexGuard, OnceLock, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -36,6 +37,9 @@ static PROCESSES: Mutex<Vec<u32>> = Mutex::new(Vec::new());
 
 /// The pause between two looks.
 const TICK: Duration = Duration::from_millis(20);
+/// No more of the time than this counts as a stall, however busy the machine is: a bound
+/// becomes five times as long at most, and a process that spins comes to its end.
+pub const MOST: f64 = 0.8;
 
 /// From now on the time for which this process waits for a processor counts.
 pub fn follow(process: u32) {
@@ -47,8 +51,55 @@ pub fn leave(process: u32) {
     lock(&PROCESSES).retain(|one| *one != process);
 }
 
-/// For how long the machine has kept these processes waiting since the first call.
-/// It never grows faster than time goes by.
+/// Awaits a future, at most for a [`Bound`] of this length; None if that is over.
+pub async fn within<F: Future>(limit: Duration, future: F) -> Option<F::Output> {
+    let bound = Bound::of(limit);
+    let mut future = pin!(future);
+    let mut next = limit;
+    loop {
+        if let Ok(output) = tokio::time::timeout(next, future.as_mut()).await {
+            return Some(output);
+        }
+        if bound.is_over() {
+            return None;
+        }
+        next = limit.saturating_sub(bound.spent()).max(TICK);
+    }
+}
+
+/// Waits until this time has passed without [stalls](stalled): for what happens soon, or
+/// must not happen, and cannot be waited for otherwise.
+pub async fn pass(time: Duration) {
+    let bound = Bound::of(time);
+    while !bound.is_over() {
+        tokio::time::sleep(time.saturating_sub(bound.spent()).max(TICK)).await;
+    }
+}
+
+/// Makes an attempt at something in which milliseconds matter. When it fails while the
+/// machine stood in the way, it says nothing, and is made again.
+pub async fn undisturbed<T>(mut attempt: impl AsyncFnMut() -> Result<T, String>) -> T {
+    const MOST_TRIES: usize = 20;
+    const HARMLESS: Duration = Duration::from_millis(20);
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let before = stalled();
+        match attempt().await {
+            Ok(done) => return done,
+            Err(failure) => {
+                let stalled = stalled() - before;
+                assert!(
+                    stalled > HARMLESS && tries < MOST_TRIES,
+                    "try {tries}, with {stalled:?} of stalls: {failure}"
+                );
+            }
+        }
+    }
+}
+
+/// For how long the machine has kept these processes waiting since the first call, of
+/// [each stretch of time](MOST) not all.
 pub fn stalled() -> Duration {
     let mut meter = lock(meter());
     meter.look();
@@ -87,6 +138,10 @@ impl Meter {
     /// and its threads were not even asked to run.
     fn oversleeps(&mut self, late: Duration) {
         let now = Instant::now();
+        let just_looked = self.looked.is_some_and(|looked| now - looked < TICK / 4);
+        if just_looked && late.is_zero() {
+            return;
+        }
         let mut waited = Duration::ZERO;
         let mut all = HashMap::new();
         for process in lock(&PROCESSES).clone() {
@@ -101,7 +156,7 @@ impl Meter {
         self.waited = all;
         // Threads wait side by side.
         if let Some(looked) = self.looked.replace(now) {
-            self.stalled += waited.max(late).min(now - looked);
+            self.stalled += waited.max(late).min((now - looked).mul_f64(MOST));
         }
     }
 }

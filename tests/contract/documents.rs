@@ -208,9 +208,11 @@ async fn redis_versions_are_multiples_of_sixteen_close_to_its_clock() {
     let mut connection = server.connect().await;
     let (seconds, micros): (i64, i64) = redis_time(&mut connection).await;
     let version = put(&store, &group("k", &[])).await.version.get();
+    let (until, more): (i64, i64) = redis_time(&mut connection).await;
     assert_eq!(version % 16, 0);
-    let behind = version - (seconds * 1_000_000 + micros);
-    assert!((0..1_000_000).contains(&behind), "{behind}");
+    // A version is a multiple, rounded up.
+    let times = seconds * 1_000_000 + micros..=until * 1_000_000 + more + 16;
+    assert!(times.contains(&version), "{version} {times:?}");
 }
 
 async fn redis_time(connection: &mut MultiplexedConnection) -> (i64, i64) {
@@ -416,6 +418,7 @@ async fn time_to_live_is_exact_to_the_millisecond() {
     let mut connection = server.connect().await;
     for millis in [1_000, 1_234, 86_400_001] {
         let expiry = Expiry::After(Duration::from_millis(millis));
+        let begin = std::time::Instant::now();
         let written = store.store(&group("k", &[]), expiry, Deadline::NONE).await;
         let told = written.unwrap().value.expires.unwrap().at.millis();
         // `PEXPIRETIME`, which Redis 6 does not have.
@@ -432,7 +435,8 @@ async fn time_to_live_is_exact_to_the_millisecond() {
         // Scripts read the clock at another moment than Redis does.
         assert!((-1..=1).contains(&(real - told)), "{}", real - told);
         let left: u64 = connection.pttl("group:k").await.unwrap();
-        assert!((millis - 100..=millis).contains(&left), "{left}");
+        let passed = begin.elapsed().as_millis() as u64;
+        assert!((millis - passed - 1..=millis).contains(&left), "{left}");
     }
 }
 
@@ -454,7 +458,7 @@ async fn a_group_that_another_writer_stored_without_expiry_gets_the_default() {
         .await
         .unwrap();
     let left: i64 = connection.ttl(redis_key).await.unwrap();
-    assert!((99..=100).contains(&left), "{left}");
+    assert!((90..=100).contains(&left), "{left}");
 }
 
 #[tokio::test]

@@ -14,6 +14,7 @@ use crate::{
         prometheus::Prometheus,
         redis_server::RedisServer,
         service::{Client, Service},
+        stalls::Bound,
         wait_until,
     },
     dashboard::{self, Query},
@@ -64,12 +65,12 @@ impl Scene {
     /// What an expression selects, once it selects anything; an error or nothing
     /// after a while is said as such.
     async fn answer(&self, expression: &str, bound: Duration) -> Result<(), String> {
-        let begin = std::time::Instant::now();
+        let bound = Bound::of(bound);
         loop {
             if !self.prometheus.query(expression).await?.is_empty() {
                 return Ok(());
             }
-            if begin.elapsed() > bound {
+            if bound.is_over() {
                 return Err("no data".into());
             }
             tokio::time::sleep(Duration::from_millis(200)).await;

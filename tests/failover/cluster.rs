@@ -2,7 +2,9 @@
 
 use std::time::Instant;
 
-use common::{fault_proxy::Direction, redis_cluster::RedisCluster, redis_server::RedisServer};
+use common::{
+    fault_proxy::Direction, redis_cluster::RedisCluster, redis_server::RedisServer, stalls::Bound,
+};
 
 use super::*;
 
@@ -80,14 +82,14 @@ impl ClusterScene {
 /// The replica of the primary `index` has become a primary itself.
 async fn wait_until_promoted(replica: &RedisServer) {
     let mut connection = replica.connect().await;
-    let begin = Instant::now();
+    let bound = Bound::of(PROMOTED_WITHIN);
     loop {
         let info = redis_command(&mut connection, &["INFO", "replication"]).await;
         let info: String = redis::from_redis_value(info).unwrap();
         if info.contains("role:master") {
             return;
         }
-        assert!(begin.elapsed() < PROMOTED_WITHIN, "no replica takes over");
+        bound.assert_holds("a replica takes over");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -184,8 +186,10 @@ async fn a_slot_that_moves_to_another_primary_loses_nothing() {
 
     let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
     let mut writers = Vec::new();
+    let (writes_of, mut written) = tokio::sync::watch::channel([0; TAGGED_KEYS]);
     for i in 0..TAGGED_KEYS {
         let (mut client, stop) = (scene.client.clone(), stop.clone());
+        let writes_of = writes_of.clone();
         let mut version = store(&mut client, &key(i), &["0"]).await.version;
         writers.push(tokio::spawn(async move {
             let mut writes = 0;
@@ -195,21 +199,26 @@ async fn a_slot_that_moves_to_another_primary_loses_nothing() {
                 let swapped = swap(&mut client, &key(i), &[&alert], version).await;
                 assert_eq!((swapped.backend, swapped.swapped), (REDIS, true), "{i}");
                 version = swapped.version;
+                writes_of.send_modify(|writes_of| writes_of[i] = writes);
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
             writes
         }));
     }
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    // Some before the slot moves, and some after.
+    let some = written.wait_for(|written| written.iter().all(|writes| *writes > 10));
+    some.await.unwrap();
     let keys: Vec<_> = (0..TAGGED_KEYS)
         .map(|i| format!("group:{}", key(i)))
         .collect();
     scene.cluster.migrate(slot, from, to, &keys).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let before = *written.borrow();
+    let more = |(written, before): (&i32, &i32)| written - before > 10;
+    let some = written.wait_for(|written| written.iter().zip(&before).all(more));
+    some.await.unwrap();
     stop.store(true, std::sync::atomic::Ordering::SeqCst);
     for (i, writer) in writers.into_iter().enumerate() {
         let writes = writer.await.unwrap();
-        assert!(writes > 20, "{i}: {writes}");
         let loaded = load(&mut scene.client, &key(i)).await.unwrap();
         assert_eq!(fingerprints(&loaded), [writes.to_string()]);
     }

@@ -1,24 +1,23 @@
 //! What opens the switch, what does not, and what callers notice.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::future::join_all;
 use tonic::{Code, Request};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
-use super::*;
+use super::{
+    common::stalls::{Bound, undisturbed},
+    *,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hung_redis_is_noticed_without_any_traffic() {
     let scene = Scene::new(&[]).await;
     scene.redis.process().signal("STOP");
-    let begin = Instant::now();
+    let bound = Bound::of(Duration::from_secs(1));
     scene.wait_for("degraded").await;
-    assert!(
-        begin.elapsed() < Duration::from_secs(1),
-        "{:?}",
-        begin.elapsed()
-    );
+    bound.assert_holds("it is noticed");
     let switched = "Switched to in-memory storage due to Redis failure";
     scene.service.wait_for_log(switched, Duration::from_secs(1));
     scene.redis.process().signal("CONT");
@@ -92,56 +91,69 @@ async fn calls_that_wait_for_a_hung_redis_are_answered_within_a_second() {
         let mut client = scene.client.clone();
         calls.push(tokio::spawn(async move {
             tokio::time::sleep(Duration::from_millis(i * 10)).await;
-            let begin = Instant::now();
+            let bound = Bound::of(Duration::from_millis(1_050));
             let backend = if i % 2 == 0 {
                 load(&mut client, "k").await.unwrap().backend
             } else {
                 store(&mut client, &format!("k/{i}"), &[]).await.backend
             };
-            (backend, begin.elapsed())
+            bound.assert_holds("it is answered");
+            backend
         }));
     }
     for answered in join_all(calls).await {
-        let (backend, waited) = answered.unwrap();
-        assert_eq!(backend, MEMORY);
-        assert!(waited < Duration::from_millis(1_050), "{waited:?}");
+        assert_eq!(answered.unwrap(), MEMORY);
     }
 }
 
+/// On a busy machine 300 ms may be 500, for which it opens rightly.
 #[tokio::test(flavor = "multi_thread")]
 async fn stalls_of_300_ms_do_not_open_it() {
-    let scene = Scene::new(&[]).await;
-    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let mut clients = Vec::new();
-    for i in 0..4 {
-        let (mut client, stop) = (scene.client.clone(), stop.clone());
-        clients.push(tokio::spawn(async move {
-            let mut calls = 0;
-            while !stop.load(std::sync::atomic::Ordering::SeqCst) {
-                // New keys too: whether they were written can only be told by
-                // the answer that came late.
-                let key = format!("k/{i}/{calls}");
-                assert_eq!(store(&mut client, &key, &["a"]).await.backend, REDIS);
-                assert_eq!(load(&mut client, &key).await.unwrap().backend, REDIS);
-                calls += 1;
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-            calls
-        }));
-    }
-    for _ in 0..5 {
+    undisturbed(async || {
+        let scene = Scene::new(&[]).await;
+        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let mut clients = Vec::new();
+        for i in 0..4 {
+            let (mut client, stop) = (scene.client.clone(), stop.clone());
+            clients.push(tokio::spawn(async move {
+                let mut backends = Vec::new();
+                while !stop.load(std::sync::atomic::Ordering::SeqCst) {
+                    // New keys too: whether they were written can only be told by
+                    // the answer that came late.
+                    let key = format!("k/{i}/{}", backends.len());
+                    backends.push(store(&mut client, &key, &["a"]).await.backend);
+                    backends.push(load(&mut client, &key).await.unwrap().backend);
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                backends
+            }));
+        }
+        for _ in 0..5 {
+            tokio::time::sleep(Duration::from_millis(400)).await;
+            scene.redis.process().signal("STOP");
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            scene.redis.process().signal("CONT");
+        }
         tokio::time::sleep(Duration::from_millis(400)).await;
-        scene.redis.process().signal("STOP");
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        scene.redis.process().signal("CONT");
-    }
-    tokio::time::sleep(Duration::from_millis(400)).await;
-    stop.store(true, std::sync::atomic::Ordering::SeqCst);
-    for client in clients {
-        assert!(client.await.unwrap() > 10);
-    }
-    assert_eq!(scene.service.health().await["switch"]["state"], "closed");
-    assert_eq!(scene.service.metric("storage_recovery_total").await, 0.0);
+        stop.store(true, std::sync::atomic::Ordering::SeqCst);
+        let mut by_memory = 0;
+        for client in clients {
+            let backends = client.await.unwrap();
+            assert!(backends.len() > 20);
+            by_memory += backends.iter().filter(|one| **one != REDIS).count();
+        }
+        let state = scene.service.health().await["switch"]["state"].clone();
+        let recoveries = scene.service.metric("storage_recovery_total").await;
+        if by_memory == 0 && state == "closed" && recoveries == 0.0 {
+            Ok(())
+        } else {
+            Err(format!(
+                "memory answered {by_memory} times, the switch is {state} and has closed \
+                 {recoveries} times"
+            ))
+        }
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -184,24 +196,32 @@ async fn a_thousand_calls_in_a_hurry_do_not_open_it() {
 /// Before the switch opens, and without opening it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_load_in_a_hurry_is_answered_from_memory_if_it_knows_the_group() {
-    let mut scene = Scene::new(&[]).await;
-    scene.store("k", &["a"]).await;
-    scene.redis.process().signal("STOP");
-    let load = |key: &str| {
-        let mut load = Request::new(pb::LoadRequest {
-            key: key.into(),
-            include_expire_time: false,
-        });
-        load.set_timeout(Duration::from_millis(200));
-        load
-    };
-    let loaded = scene.client.load(load("k")).await.unwrap().into_inner();
-    assert_eq!((loaded.backend, fingerprints(&loaded)), (MEMORY, vec!["a"]));
-    let unknown = scene.client.load(load("unknown")).await.unwrap_err();
-    assert_eq!(unknown.code(), Code::DeadlineExceeded);
-    scene.redis.process().signal("CONT");
-    tokio::time::sleep(Duration::from_millis(700)).await;
-    assert_eq!(scene.service.metric("storage_recovery_total").await, 0.0);
+    undisturbed(async || {
+        let mut scene = Scene::new(&[]).await;
+        scene.store("k", &["a"]).await;
+        scene.redis.process().signal("STOP");
+        let load = |key: &str| {
+            let mut load = Request::new(pb::LoadRequest {
+                key: key.into(),
+                include_expire_time: false,
+            });
+            load.set_timeout(Duration::from_millis(200));
+            load
+        };
+        let loaded = scene.client.load(load("k")).await;
+        let loaded = loaded.map_err(|status| status.to_string())?.into_inner();
+        assert_eq!((loaded.backend, fingerprints(&loaded)), (MEMORY, vec!["a"]));
+        let unknown = scene.client.load(load("unknown")).await.unwrap_err();
+        scene.redis.process().signal("CONT");
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        let recoveries = scene.service.metric("storage_recovery_total").await;
+        if unknown.code() == Code::DeadlineExceeded && recoveries == 0.0 {
+            Ok(())
+        } else {
+            Err(format!("{unknown}, {recoveries} recoveries"))
+        }
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

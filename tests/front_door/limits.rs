@@ -19,6 +19,7 @@ use crate::{
         http,
         redis_server::RedisServer,
         service::{Client, Service},
+        stalls::{Bound, pass, within},
         wait_until,
     },
     wire,
@@ -167,10 +168,11 @@ async fn requests_that_take_too_much_together_are_shed_and_health_is_not() {
             async || service.metric("storage_operations_in_flight").await == 1.0,
         )
         .await;
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        let begin = Instant::now();
+        // And all of it has come.
+        pass(Duration::from_millis(200)).await;
+        let bound = Bound::of(Duration::from_secs(1));
         let refused = large("second").await.unwrap_err();
-        assert!(begin.elapsed() < Duration::from_secs(1), "at once");
+        bound.assert_holds("it is refused at once");
         assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
         assert!(refused.message().contains("--max-inflight-bytes"));
         let info = refused.get_details_error_info().unwrap();
@@ -197,8 +199,8 @@ async fn connections_beyond_the_limit_are_closed_until_there_is_room() {
     first.size(size()).await.unwrap();
     let third = Wire::connect(service.addr()).await;
     if let Ok(third) = third {
-        let closed = tokio::time::timeout(Duration::from_secs(2), third.drain()).await;
-        assert!(closed.is_ok(), "it is left open");
+        let closed = within(Duration::from_secs(2), third.drain()).await;
+        assert!(closed.is_some(), "it is left open");
     }
     service.wait_for_log("--max-connections", Duration::from_secs(1));
     first.size(size()).await.unwrap();
@@ -240,11 +242,23 @@ async fn calls_beyond_the_limit_of_a_connection_wait_at_the_client() {
             tokio::spawn(async move { client.store(request).await })
         })
         .collect();
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    assert_eq!(service.metric("storage_operations_in_flight").await, 2.0);
+    let in_flight = async || service.metric("storage_operations_in_flight").await;
+    let patience = Duration::from_secs(5);
+    wait_until("two are in flight", patience, async || {
+        in_flight().await == 2.0
+    })
+    .await;
+    for _ in 0..10 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert!(in_flight().await <= 2.0);
+    }
     redis.process().signal("CONT");
     for call in calls {
-        call.await.unwrap().unwrap();
+        if let Err(status) = call.await.unwrap() {
+            // Redis was away for longer than a call waits, on a busy machine.
+            let info = status.get_details_error_info().unwrap();
+            assert_eq!(info.reason, "OUTCOME_UNKNOWN", "{status}");
+        }
     }
 }
 
@@ -486,9 +500,7 @@ async fn calls_that_are_cancelled_in_a_hurry_do_no_harm_to_others_on_their_conne
         .await
         .unwrap();
     let seen = wire.frames_until(|kind, stream| stream == 2_001 || kind == GOAWAY);
-    let seen = tokio::time::timeout(Duration::from_secs(10), seen)
-        .await
-        .unwrap();
+    let seen = within(Duration::from_secs(10), seen).await.unwrap();
     assert_eq!(seen, Some((HEADERS, 2_001)));
 }
 
@@ -540,6 +552,6 @@ async fn the_http_port_gives_up_the_oldest_of_too_many_connections() {
     let mut answer = Vec::new();
     let end = oldest.read_to_end(&mut answer);
     // Closed, or reset because it was not read to its end.
-    let end = tokio::time::timeout(Duration::from_secs(2), end).await;
-    assert!(end.is_ok() && answer.is_empty(), "{answer:?}");
+    let end = within(Duration::from_secs(2), end).await;
+    assert!(end.is_some() && answer.is_empty(), "{answer:?}");
 }

@@ -18,6 +18,7 @@ use crate::{
         certificates::{Ca, EXPIRES, Valid},
         http,
         service::Service,
+        stalls::{self, pass},
         tool, wait_until,
     },
     size, start,
@@ -115,6 +116,7 @@ async fn tokens_and_certificates_rotate_under_load_without_a_failed_call() {
     );
     replace(&files, "token", TOKEN);
     let load: Vec<_> = (0..3).map(|_| call_on_and_on(&service, &files)).collect();
+    load.iter().for_each(|client| stalls::follow(client.id()));
 
     calls_go_on(&service).await;
 
@@ -123,7 +125,7 @@ async fn tokens_and_certificates_rotate_under_load_without_a_failed_call() {
     read_again(&service, 1).await;
     replace(&files, "token", "the-next");
     // Calls that took the old one along are over.
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    pass(Duration::from_millis(500)).await;
     replace(&files, "tokens", "the-next\n");
     read_again(&service, 2).await;
     // Both CAs for clients, then a certificate of the new one for the server.

@@ -14,9 +14,12 @@ mod outages;
 mod races;
 mod secured;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use common::{redis_server::RedisServer, service::Service};
+use common::{redis_server::RedisServer, service::Service, stalls::Bound};
 use groupstate::{
     group::{Alert, AlertStatus, GroupKey, GroupState, Time},
     manager::{
@@ -178,9 +181,10 @@ async fn known_groups_are_listed_filtered_and_found() {
         ..Filter::default()
     };
     assert_eq!(names(page), ["b", "c"]);
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let begin = Instant::now();
     add(&manager, "d", vec![firing("7")]).await;
-    let max_age = Some(Duration::from_millis(250));
+    let max_age = Some(begin.elapsed() + Duration::from_millis(500));
     assert_eq!(
         names(Filter {
             max_age,
@@ -257,11 +261,12 @@ async fn groups_that_nobody_updates_are_cleaned_up() {
     for name in ["old", "updated", "new"] {
         add(&one, name, vec![firing("a")]).await;
     }
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let begin = Instant::now();
     // One knows this group as it was before.
     add(&other, "updated", vec![firing("b")]).await;
     add(&one, "new", vec![firing("b")]).await;
-    let max_age = Duration::from_millis(250);
+    let max_age = begin.elapsed() + Duration::from_millis(500);
     assert_eq!(one.clean_up_expired(max_age).await.unwrap(), 1);
     assert_eq!(alerts(&one, "old").await, Vec::<String>::new());
     assert_eq!(alerts(&one, "updated").await, ["a", "b"]);
@@ -308,18 +313,21 @@ async fn what_makes_no_sense_is_refused() {
 async fn a_resolved_group_is_gone_when_its_first_time_is_up() {
     let (_redis, service) = service().await;
     let settings = ManagerSettings {
-        group_ttl: Duration::from_secs(3),
+        group_ttl: Duration::from_secs(4),
         ..ManagerSettings::default()
     };
     let manager = replica_with(&[&service], settings).await;
+    let bound = Bound::of(Duration::from_millis(4_500));
     add(&manager, "k", vec![firing("a")]).await;
     tokio::time::sleep(Duration::from_millis(1_500)).await;
     add(&manager, "k", vec![resolved("a")]).await;
     tokio::time::sleep(Duration::from_millis(1_000)).await;
     let found = manager.get(&key("k")).await.unwrap().unwrap();
     assert_eq!(found.group.metadata.state, GroupState::Resolved);
-    tokio::time::sleep(Duration::from_millis(700)).await;
-    assert_eq!(manager.get(&key("k")).await.unwrap(), None);
+    while manager.get(&key("k")).await.unwrap().is_some() {
+        bound.assert_holds("it is gone");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     assert_eq!(manager.list(&Filter::default()), []);
     assert_eq!(manager.stats().known.groups, 0);
 }

@@ -11,7 +11,7 @@ mod urls;
 
 use std::time::Duration;
 
-use common::{service::Service, wait_until};
+use common::{service::Service, stalls::Bound, wait_until};
 use groupstate::grpc::proto as pb;
 
 /// The time that a service needs to connect, on a busy machine.
@@ -32,7 +32,8 @@ async fn works_on_redis(service: &Service) {
 /// Waits until the service says why it does not use Redis.
 async fn says_why_not(service: &Service, why: &str) {
     let mut reason = String::new();
-    for _ in 0..100 {
+    let bound = Bound::of(CONNECTED_WITHIN);
+    while !bound.is_over() {
         let health = service.health().await;
         assert_ne!(health["switch"]["state"], "closed", "{why}");
         let said = health["switch"]["reason"].as_str().unwrap_or_default();

@@ -62,16 +62,22 @@ async fn everything_is_killed_in_turn_and_no_alert_is_lost() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_scale_from_3_to_10_to_2_and_no_alert_is_lost() {
-    let mut site = Site::start(3).await;
-    let load = Load::over(Duration::from_secs(8)).begin(&site);
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    site.scale(10).await;
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    assert!(!load.is_finished(), "the load is over before all are there");
-    site.scale(2).await;
-    assert!(!load.is_finished(), "the load is over before they are gone");
-    load.await.unwrap();
-    site.holds_what_was_recorded().await;
+    // A busy machine may not be done with it in that time.
+    for seconds in [8, 16, 32, 64] {
+        let mut site = Site::start(3).await;
+        let load = Load::over(Duration::from_secs(seconds)).begin(&site);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        site.scale(10).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        site.scale(2).await;
+        let was_under_load = !load.is_finished();
+        load.await.unwrap();
+        site.holds_what_was_recorded().await;
+        if was_under_load {
+            return;
+        }
+    }
+    panic!("the load is over before the replicas are gone, however long it is");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,12 +2,12 @@
 
 use std::{
     process::{Command, Stdio},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use serde_json::Value;
 
-use crate::common::{Process, example, free_address, http};
+use crate::common::{Process, example, free_address, http, stalls::Bound};
 
 /// A running replica.
 pub struct Replica {
@@ -67,8 +67,8 @@ impl Replica {
 
     /// Waits until it has restored its groups; false if it ended instead.
     pub async fn is_ready(&mut self) -> bool {
-        let begin = Instant::now();
-        while begin.elapsed() < Duration::from_secs(20) {
+        let bound = Bound::of(Duration::from_secs(20));
+        while !bound.is_over() {
             if self.process.child.try_wait().unwrap().is_some() {
                 return false;
             }

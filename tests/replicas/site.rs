@@ -1,6 +1,6 @@
 //! What runs in one place: Redis, two instances of the service, and replicas.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::StreamExt;
 use groupstate::{
@@ -11,7 +11,7 @@ use groupstate::{
 use tokio::sync::watch;
 
 use crate::{
-    common::{redis_server::RedisServer, service::Service, wait_until},
+    common::{redis_server::RedisServer, service::Service, stalls::Bound, wait_until},
     recorded,
     replica::Replica,
 };
@@ -123,12 +123,12 @@ impl Site {
 
     /// All groups, as Redis has them by the word of an instance.
     pub async fn groups(&self) -> Vec<AlertGroup> {
-        let begin = Instant::now();
+        let bound = Bound::of(SETTLED_WITHIN);
         loop {
             if let Some(groups) = self.groups_of_redis().await {
                 return groups;
             }
-            assert!(begin.elapsed() < SETTLED_WITHIN, "memory answers");
+            bound.assert_holds("Redis answers");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }

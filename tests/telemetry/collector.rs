@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use opentelemetry_proto::tonic::{
@@ -16,6 +16,8 @@ use opentelemetry_proto::tonic::{
 };
 use tokio::{net::TcpListener, task::JoinSet};
 use tonic::{Request, Response, Status, transport::server::TcpIncoming};
+
+use crate::common::stalls::Bound;
 
 pub struct Collector {
     addr: String,
@@ -86,7 +88,7 @@ impl Collector {
     /// The span of the call with this request id, and those below it, once they
     /// are there: the span of a call ends last.
     pub async fn call(&self, request_id: &str) -> (Span, Vec<Span>) {
-        let begin = Instant::now();
+        let bound = Bound::of(Self::BOUND);
         let id = any_value::Value::StringValue(request_id.into());
         loop {
             let spans = self.spans();
@@ -97,7 +99,7 @@ impl Collector {
                 let below = spans.iter().filter(|s| s.parent_span_id == call.span_id);
                 return (call.clone(), below.cloned().collect());
             }
-            assert!(begin.elapsed() < Self::BOUND, "no {request_id}: {spans:#?}");
+            assert!(!bound.is_over(), "no {request_id}: {spans:#?}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }

@@ -6,6 +6,7 @@ use crate::{
     common::{
         http::{self, HttpReply},
         service::Service,
+        stalls::pass,
     },
     load_request,
 };
@@ -23,38 +24,53 @@ async fn level(service: &Service) -> String {
     reply.body
 }
 
-/// Whether the log shows a call that is made now.
-async fn shows_calls(service: &Service, key: &str) -> bool {
+/// Makes a call, which the log shows or does not.
+async fn call(service: &Service, key: &str, shown: bool) {
     let mut client = service.client().await;
     client.load(load_request(key)).await.unwrap_err();
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    service.log().iter().any(|line| line.contains(key))
+    if shown {
+        service.wait_for_log(key, BOUND);
+    } else {
+        pass(Duration::from_millis(100)).await;
+        let log = service.log();
+        assert!(!log.iter().any(|line| line.contains(key)), "{log:#?}");
+    }
 }
 
 #[tokio::test]
 async fn the_level_is_changed_while_the_service_runs() {
     let service = Service::start(&[]);
     assert_eq!(level(&service).await, "info\n");
-    assert!(!shows_calls(&service, "first").await);
+    call(&service, "first", false).await;
 
     let reply = send(&service, "PUT", "/loglevel", "debug\n").await;
     assert_eq!(reply.status, 200);
     assert_eq!(reply.body, "debug for 15 minutes, then info\n");
     assert_eq!(level(&service).await, "debug\n");
-    assert!(shows_calls(&service, "second").await);
+    call(&service, "second", true).await;
 
     let reply = send(&service, "PUT", "/loglevel", "warn").await;
     assert_eq!(reply.status, 200);
-    assert_eq!(reply.body, "warn for 15 minutes, then info\n");
-    assert!(!shows_calls(&service, "third").await);
+    assert_eq!(
+        reply.body,
+        "warn for 15 minutes, then info
+"
+    );
+    call(&service, "third", false).await;
     let reply = send(&service, "PUT", "/loglevel", "info").await;
-    assert_eq!((reply.status, reply.body.as_str()), (200, "info\n"));
+    assert_eq!(
+        (reply.status, reply.body.as_str()),
+        (
+            200, "info
+"
+        )
+    );
     let told = service.log();
     let told = told.iter().filter(|line| line.contains("log level"));
-    assert_eq!(
-        told.count(),
-        2,
-        "changes are in the log, at most one a second"
+    let told = told.count();
+    assert!(
+        (2..=3).contains(&told),
+        "changes are in the log, at most one a second: {told}"
     );
 }
 

@@ -1,10 +1,7 @@
 //! A span for each call and for each request to Redis, on their way to a
 //! collector; and no harm if that is not there.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, time::Duration};
 
 use groupstate::grpc::proto as pb;
 use opentelemetry_proto::tonic::{
@@ -254,7 +251,7 @@ async fn batches_and_streams_are_one_span_with_several_below() {
     // It reads in a task of its own.
     let (call, below) = collector.call("the-stream").await;
     let names: Vec<_> = below.iter().map(|span| span.name.as_str()).collect();
-    for name in ["INFO", "SCAN", "PIPELINE STRLEN", "PIPELINE GET"] {
+    for name in ["INFO", "SCAN", "PIPELINE STRLEN", "PIPELINE GETRANGE"] {
         assert!(names.contains(&name), "{name}: {names:?}");
     }
     for span in &below {
@@ -452,11 +449,8 @@ async fn a_collector_that_is_down_harms_nobody_and_is_told_of_once() {
     drop(collector);
     client.load(load_request("1-1")).await.unwrap();
     drop(client);
-    let begin = Instant::now();
     service.process().signal("TERM");
-    assert!(service.wait_for_exit(Duration::from_secs(10)).success());
-    let took = begin.elapsed();
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert!(service.wait_for_exit(Duration::from_secs(5)).success());
 }
 
 #[tokio::test]
@@ -485,9 +479,6 @@ async fn a_collector_that_hangs_takes_no_more_than_the_queue() {
     let dropped = scrape.value("trace_spans_dropped_total");
     assert!((1.0..CALLS as f64).contains(&dropped), "{dropped}");
     drop(client);
-    let begin = Instant::now();
     service.process().signal("TERM");
-    assert!(service.wait_for_exit(Duration::from_secs(10)).success());
-    let took = begin.elapsed();
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert!(service.wait_for_exit(Duration::from_secs(5)).success());
 }
