@@ -7,6 +7,8 @@
 //! | [`scene`] | a service, the failures it has seen, and what came of them |
 //! | [`alone`] | everything that happens to one Redis |
 //! | [`rotation`] | passwords and certificates that change |
+//! | [`replicated`] | replicas that take over, by sentinels and in a cluster |
+//! | [`judged`] | what counts as worse, on conditions made by hand |
 //! | [`table`] | `make afterwards`: all of it as tables |
 //!
 //! What is measured, and what counts as worse, is in [`common::condition`].
@@ -15,9 +17,13 @@
 mod common;
 
 mod alone;
+mod judged;
+mod replicated;
 mod rotation;
 mod scene;
 mod table;
+
+use common::replicated::Kind;
 
 /// How often each rpc is called in a look: enough for a median.
 const ROUNDS: usize = 11;
@@ -51,4 +57,20 @@ async fn bytes_that_vanished_or_came_late_leave_nothing_slower() {
 async fn a_password_or_certificate_that_changed_leaves_nothing_slower() {
     rotation::password(ROUNDS).await.assert();
     rotation::certificates(ROUNDS).await.assert();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_primary_that_failed_leaves_nothing_slower_by_sentinel() {
+    let outages = replicated::outages(Kind::Sentinel, ROUNDS).await;
+    outages
+        .join(replicated::failovers(Kind::Sentinel, ROUNDS).await)
+        .assert();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_primary_that_failed_leaves_nothing_slower_in_a_cluster() {
+    let outages = replicated::outages(Kind::Cluster, ROUNDS).await;
+    outages
+        .join(replicated::failovers(Kind::Cluster, ROUNDS).await)
+        .assert();
 }

@@ -4,8 +4,11 @@ use std::time::Duration;
 
 use crate::{
     alone,
-    common::condition::{Condition, Rpc},
-    rotation,
+    common::{
+        condition::{Condition, Rpc},
+        replicated::Kind,
+    },
+    replicated, rotation,
     scene::{Report, Row},
 };
 
@@ -24,7 +27,14 @@ async fn of_everything() {
         .join(rotation::password(ROUNDS).await)
         .join(rotation::certificates(ROUNDS).await);
     print("one Redis", &alone);
-    alone.assert();
+    let mut all = alone;
+    for kind in [Kind::Sentinel, Kind::Cluster] {
+        let outages = replicated::outages(kind, ROUNDS).await;
+        let report = outages.join(replicated::failovers(kind, ROUNDS).await);
+        print(&kind.to_string(), &report);
+        all = all.join(report);
+    }
+    all.assert();
 }
 
 /// Medians before and after in milliseconds, then what the instance takes.

@@ -34,6 +34,8 @@ pub struct RunClock {
 pub struct Live {
     /// When each instance answered from Redis last, in microseconds.
     pub last_redis_answer: Vec<AtomicU64>,
+    /// Calls that are over.
+    pub calls: AtomicU64,
     /// No more groups that expire soon.
     pub stop_fleeting: AtomicBool,
     pub stop: AtomicBool,
@@ -321,6 +323,7 @@ impl Writer {
         let succeeded = self.learn(&call);
         let failed = call.backend().is_none();
         self.calls.push(call);
+        self.live.calls.fetch_add(1, Ordering::Relaxed);
         if failed {
             tokio::time::sleep(AFTER_FAILURE).await;
         }

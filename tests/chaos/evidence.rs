@@ -51,6 +51,9 @@ pub struct InstanceRecord {
     pub samples: Vec<Sample>,
     /// Why it had not come to rest in time after the end.
     pub unsettled: Option<String>,
+    /// What is worse at the end than before the first fault: what calls take, and what
+    /// the instance takes.
+    pub worse: Vec<String>,
     /// Lines of its log that tell of a panic, and whether it ended by itself.
     pub crashes: Vec<String>,
     /// What its HTTP port should not have answered.
@@ -67,6 +70,9 @@ pub struct Outage {
     pub opened: Moment,
     /// None while it lasts.
     pub closed: Option<Moment>,
+    /// A line of the log may be written this much before or after what it tells of is
+    /// felt by a client.
+    pub slack: Duration,
 }
 
 /// Counters and gauges of an instance at one moment.
@@ -100,24 +106,38 @@ impl Evidence {
         wiped.map(|struck| struck.began).collect()
     }
 
-    /// Whether the machine stood still for a while in this time.
-    pub fn stalled(&self, from: Moment, to: Moment) -> bool {
+    /// For how long the machine stood still in this time.
+    pub fn stalled(&self, from: Moment, to: Moment) -> Duration {
         let stalls = self.stalls.iter().map(|stall| stall.overlap(from, to));
-        stalls.sum::<Duration>() > Duration::from_millis(100)
+        stalls.sum()
+    }
+
+    /// Gives each outage the slack that the machine has taken about its ends.
+    pub fn widen_outages(&mut self) {
+        const ABOUT: Duration = Duration::from_secs(1);
+        for instance in 0..self.instances.len() {
+            for number in 0..self.instances[instance].outages.len() {
+                let outage = self.instances[instance].outages[number];
+                let ends = [Some(outage.opened), outage.closed];
+                let about = |end: Moment| self.stalled(end.saturating_sub(ABOUT), end + ABOUT);
+                let longest = ends.into_iter().flatten().map(about).max();
+                let slack = Outage::SLACK + longest.unwrap_or_default();
+                self.instances[instance].outages[number].slack = slack;
+            }
+        }
     }
 }
 
 // === impl Outage ===
 
 impl Outage {
-    /// A line of the log may be written this much before or after what it tells
-    /// of is felt by a client.
+    /// The slack on a machine that is not busy.
     pub const SLACK: Duration = Duration::from_millis(100);
 
     /// Whether the call may have met it.
     pub fn touches(&self, call: &Call) -> bool {
-        let closed = self.closed.unwrap_or(Duration::MAX - Self::SLACK);
-        self.opened <= call.end + Self::SLACK && closed + Self::SLACK >= call.begin
+        let closed = self.closed.unwrap_or(Duration::MAX - self.slack);
+        self.opened <= call.end + self.slack && closed + self.slack >= call.begin
     }
 
     pub fn lasts_at(&self, moment: Moment) -> bool {

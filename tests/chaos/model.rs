@@ -194,8 +194,8 @@ impl<'a> KeyModel<'a> {
             .rules
             .outages
             .iter()
-            .filter_map(|outage| outage.closed)
-            .any(|closed| closed + Outage::SLACK >= since && closed <= end + Outage::SLACK);
+            .filter_map(|outage| Some((outage.closed?, outage.slack)))
+            .any(|(closed, slack)| closed + slack >= since && closed <= end + slack);
         self.recovered_meanwhile |= self.memory.is_some() && closed;
     }
 

@@ -79,7 +79,8 @@ async fn a_service_without_a_fallback_is_noticed() {
     let hang = Step {
         fault: Fault::Hang,
         target: Target::Everybody,
-        length: Duration::from_millis(1_500),
+        // However busy the machine is.
+        length: Duration::from_secs(7),
         after: After::Recovered,
     };
     let run = Run {

@@ -30,6 +30,8 @@ const CALL_BOUND: Duration = Duration::from_secs(1);
 const SLACK: Duration = Duration::from_millis(150);
 /// Redis is used again this soon after it can answer.
 const RETURN_BOUND: Duration = Duration::from_secs(2);
+/// A short fault may open the switch if the machine stood still for longer than this.
+const SPARED_STALLS: Duration = Duration::from_millis(100);
 /// What an instance may hold besides its mirror: buffers, stacks, and what the
 /// allocator does not give back.
 const RESIDENT_BYTES_ALLOWED: usize = 64 << 20;
@@ -242,7 +244,11 @@ fn judge_faults(evidence: &Evidence, verdict: &mut Verdict) {
                         && call.end < writable
                 })
             };
-            match struck.step.effect() {
+            // What a fault does in a while it does in as much more as the machine stood
+            // still.
+            let stalled = evidence.stalled(struck.began, struck.ended);
+            let effect = struck.step.effect(stalled);
+            match effect {
                 // A short fault may end between two calls. One that came in its
                 // second half and went by is evidence.
                 Effect::Degrades
@@ -255,13 +261,13 @@ fn judge_faults(evidence: &Evidence, verdict: &mut Verdict) {
                 Effect::Spares
                     if from_health
                         && to_memory.is_some()
-                        && !evidence.stalled(struck.began, struck.writable) =>
+                        && evidence.stalled(struck.began, struck.writable) <= SPARED_STALLS =>
                 {
                     verdict.flaws.push(Flaw::Overreaction { fault, instance });
                 }
                 _ => {}
             }
-            if from_health && struck.step.effect() == Effect::Degrades {
+            if from_health && effect == Effect::Degrades {
                 verdict.to_memory.extend(to_memory);
             }
             if !struck.awaited || !degraded {
@@ -269,10 +275,8 @@ fn judge_faults(evidence: &Evidence, verdict: &mut Verdict) {
             }
             let to_redis = first(Backend::Redis, struck.writable);
             verdict.to_redis.extend(to_redis);
-            let stalls = evidence.stalls.iter();
-            let stalled: Duration = stalls
-                .map(|stall| stall.overlap(struck.writable, until))
-                .sum();
+            let returned = to_redis.map_or(until, |took| struck.writable + took);
+            let stalled = evidence.stalled(struck.writable, returned);
             if to_redis.is_none_or(|took| took > RETURN_BOUND + SLACK + stalled) {
                 verdict.flaws.push(Flaw::LateReturn {
                     fault,
@@ -288,6 +292,8 @@ fn judge_instance(instance: usize, record: &InstanceRecord, verdict: &mut Verdic
     let flaws = &mut verdict.flaws;
     let unsettled = record.unsettled.clone();
     flaws.extend(unsettled.map(|state| Flaw::Unsettled { instance, state }));
+    let worse = record.worse.iter().cloned();
+    flaws.extend(worse.map(|what| Flaw::Worse { instance, what }));
     let crashes = record.crashes.iter().cloned();
     flaws.extend(crashes.map(|line| Flaw::Crashed { instance, line }));
     let probes = record.probe_faults.iter().cloned();

@@ -118,13 +118,14 @@ fn a_short_stall_must_not_open_the_switch() {
 }
 
 #[test]
-fn an_instance_must_not_crash_grow_or_stay_degraded() {
+fn an_instance_must_not_crash_grow_or_stay_degraded_or_slow() {
     let story = |change: fn(&mut InstanceRecord)| {
         let mut story = Story::new(Reconcile);
         change(&mut story.evidence.instances[0]);
         story
     };
     story(|record| record.crashes.push("panicked".into())).has(&["crashed"]);
+    story(|record| record.worse.push("Load".into())).has(&["worse"]);
     story(|record| record.unsettled = Some("open".into())).has(&["unsettled"]);
     story(|record| record.probe_faults.push("/readyz: 503".into())).has(&["probe"]);
     story(|record| record.peak_resident_bytes = 66 << 20).has(&["memory grew"]);

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use futures::future::join_all;
 use redis::{AsyncCommands, AsyncIter};
 use tokio::{
     task::{JoinHandle, JoinSet},
@@ -27,7 +28,14 @@ use super::{
     watch::{self, Seen, resident_bytes},
     wire::FLEETING_TTL,
 };
-use crate::common::{late_requests::LateTally, redis_server::RedisServer, service::Service};
+use crate::common::{
+    condition::{Condition, Subject},
+    late_requests::LateTally,
+    redis_server::RedisServer,
+    service::Service,
+    stalls::Bound,
+    wait_until,
+};
 
 /// A run to be made.
 #[derive(Clone, Debug)]
@@ -54,6 +62,8 @@ pub struct Outcome {
 struct Stage {
     ground: Ground,
     services: Vec<Arc<Service>>,
+    /// Of each instance before the first fault.
+    conditions: Vec<Condition>,
     first_resident_bytes: Vec<usize>,
     clock: RunClock,
     live: Arc<Live>,
@@ -69,8 +79,10 @@ const WRITERS: usize = 6;
 /// Keys that two writers of an instance share.
 const SHARED_KEYS: u32 = 2;
 const MIRROR_MAX_BYTES: usize = 64 << 20;
-/// Calls before the first fault, so that there is something to lose.
+/// The time before the first fault, and calls in it, so that there is something to lose.
 const WARM_UP: Duration = Duration::from_millis(700);
+const WARM_UP_CALLS: u64 = 350;
+const WARM_UP_BOUND: Duration = Duration::from_secs(30);
 /// Between a recovery and the next fault or the end.
 const QUIET: Duration = Duration::from_millis(300);
 /// Redis is used again within 2 s; then what is dirty is carried over. Not more
@@ -94,6 +106,10 @@ impl Run {
     pub async fn make(self) -> Outcome {
         let mut stage = Stage::set(&self).await;
         sleep(WARM_UP).await;
+        wait_until("clients call", WARM_UP_BOUND, async || {
+            stage.live.calls.load(Ordering::Relaxed) >= WARM_UP_CALLS
+        })
+        .await;
         let faults = stage.play(&self.plan).await;
         let proxies = stage.ground.proxies().iter();
         let late = proxies.map(|proxy| proxy.late_requests().tally()).collect();
@@ -120,13 +136,7 @@ impl Stage {
                 proxy.late_requests().lift_deadlines();
             }
         }
-        let mut services = Vec::new();
-        for instance in 0..plan.instances {
-            services.push(Arc::new(start_service(plan, &ground, instance).await));
-        }
-        for service in &services {
-            wait_until_settled(service).await.expect("a healthy start");
-        }
+        let (services, conditions) = start_services_at_their_best(plan, &ground).await;
         let clock = RunClock::start();
         let live = Arc::new(Live::new(plan.instances));
         let stop_watching: Arc<AtomicBool> = Arc::default();
@@ -157,6 +167,7 @@ impl Stage {
                 .iter()
                 .map(|service| resident_bytes(service))
                 .collect(),
+            conditions,
             ground,
             services,
             clock,
@@ -220,8 +231,8 @@ impl Stage {
     /// Waits until every instance answers from Redis. False when one does not in
     /// time: the oracle will say so.
     async fn wait_until_recovered(&self, since: Duration) -> bool {
-        let begin = Instant::now();
-        'wait: while begin.elapsed() < SETTLED_WITHIN {
+        let bound = Bound::of(SETTLED_WITHIN);
+        'wait: while !bound.is_over() {
             sleep(Duration::from_millis(20)).await;
             for (instance, service) in self.services.iter().enumerate() {
                 if !self.live.answered_from_redis_since(instance, since)
@@ -273,7 +284,16 @@ impl Stage {
             record.unsettled = unsettled[number].take();
             instances.push(record);
         }
-        Evidence {
+        // Whatever these calls do, no record of the run has it.
+        let looks = (self.services.iter().zip(&self.conditions)).zip(&mut instances);
+        let looks = looks.map(|((service, before), record)| async {
+            let again = subject(service, self.ground.primaries());
+            if let Err(worse) = again.is_again_as(before).await {
+                record.worse = worse.worse;
+            }
+        });
+        join_all(looks).await;
+        let mut evidence = Evidence {
             policy: run.plan.policy,
             calls,
             finals,
@@ -281,6 +301,43 @@ impl Stage {
             faults,
             instances,
             stalls: self.stalls.await.expect("it does not panic"),
+        };
+        evidence.widen_outages();
+        evidence
+    }
+}
+
+fn subject<'a>(service: &'a Service, primaries: &'a [RedisServer]) -> Subject<'a> {
+    /// Few, since other runs go on beside this one.
+    const ROUNDS: usize = 7;
+    Subject {
+        service,
+        primaries,
+        rounds: ROUNDS,
+    }
+}
+
+/// Starts all instances, and looks at them while nobody else calls.
+async fn start_services_at_their_best(
+    plan: &Plan,
+    ground: &Ground,
+) -> (Vec<Arc<Service>>, Vec<Condition>) {
+    loop {
+        let mut services = Vec::new();
+        for instance in 0..plan.instances {
+            services.push(Arc::new(start_service(plan, ground, instance).await));
+        }
+        for service in &services {
+            wait_until_settled(service).await.expect("a healthy start");
+        }
+        let looks = services.iter().map(|service| async {
+            let before = subject(service, ground.primaries()).at_its_best().await;
+            (before, service.metric("storage_recovery_total").await)
+        });
+        let (conditions, recoveries): (_, Vec<f64>) = join_all(looks).await.into_iter().unzip();
+        // What memory has answered by then, on a busy machine, is not in the evidence.
+        if recoveries.iter().sum::<f64>() == 0.0 {
+            return (services, conditions);
         }
     }
 }
@@ -305,10 +362,10 @@ async fn start_service(plan: &Plan, ground: &Ground, instance: usize) -> Service
 }
 
 async fn wait_until_settled(service: &Service) -> Result<(), String> {
-    let begin = Instant::now();
+    let bound = Bound::of(SETTLED_WITHIN);
     loop {
         let settled = watch::is_settled(service).await;
-        if settled.is_ok() || begin.elapsed() > SETTLED_WITHIN {
+        if settled.is_ok() || bound.is_over() {
             return settled;
         }
         sleep(Duration::from_millis(20)).await;

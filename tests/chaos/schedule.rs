@@ -231,8 +231,9 @@ impl Step {
         }
     }
 
-    /// What it must do to an instance it strikes.
-    pub fn effect(&self) -> Effect {
+    /// What it must do to an instance it strikes on a machine that is `stalled` for some
+    /// of its length.
+    pub fn effect(&self, stalled: Duration) -> Effect {
         let degrades_after = match self.fault {
             Fault::Kill | Fault::Refuse | Fault::AcceptAndClose | Fault::Password => {
                 NOTICED_REFUSAL
@@ -257,7 +258,7 @@ impl Step {
             Fault::Delay(_) => NOTICED_SILENCE,
             Fault::Reset | Fault::FlapHang(_) | Fault::FlapReset(_) => return Effect::Either,
         };
-        if self.length >= degrades_after {
+        if self.length.saturating_sub(stalled) >= degrades_after {
             Effect::Degrades
         } else {
             Effect::Either

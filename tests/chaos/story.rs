@@ -117,6 +117,7 @@ impl Story {
         self.evidence.instances[0].outages.push(Outage {
             opened: self.now,
             closed: None,
+            slack: Outage::SLACK,
         });
         self
     }

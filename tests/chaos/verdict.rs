@@ -144,6 +144,11 @@ pub enum Flaw {
         instance: usize,
         state: String,
     },
+    /// An instance is slower than before the first fault, or takes more.
+    Worse {
+        instance: usize,
+        what: String,
+    },
     Crashed {
         instance: usize,
         line: String,
@@ -202,6 +207,7 @@ impl Flaw {
             Self::NotNoticed { .. } => "not noticed",
             Self::Overreaction { .. } => "overreaction",
             Self::Unsettled { .. } => "unsettled",
+            Self::Worse { .. } => "worse",
             Self::Crashed { .. } => "crashed",
             Self::Probe { .. } => "probe",
             Self::MemoryGrew { .. } => "memory grew",
@@ -314,6 +320,12 @@ impl fmt::Display for Flaw {
             }
             Self::Unsettled { instance, state } => {
                 write!(f, "instance {instance} did not come to rest: {state}")
+            }
+            Self::Worse { instance, what } => {
+                write!(
+                    f,
+                    "instance {instance}, worse than before the first fault: {what}"
+                )
             }
             Self::Crashed { instance, line } => write!(f, "instance {instance}: {line}"),
             Self::Probe { instance, fault } => write!(f, "instance {instance}: {fault}"),

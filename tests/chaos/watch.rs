@@ -18,7 +18,7 @@ use super::{
     evidence::{InstanceRecord, Outage, Sample, Stall},
     history::Moment,
 };
-use crate::common::{http, service::Service};
+use crate::common::{http, service::Service, stalls::stalled};
 
 /// What a watcher of an instance has seen.
 #[derive(Default)]
@@ -33,8 +33,8 @@ const METRICS_PREFIX: &str = "alert_history_business_grouping_";
 const PAUSE: Duration = Duration::from_millis(120);
 /// The HTTP port answers within this, whatever Redis does.
 const HTTP_BOUND: Duration = Duration::from_secs(1);
-/// More than this late, and the machine was busy with something else.
-const STALL: Duration = Duration::from_millis(20);
+/// A shorter stall is nothing unusual.
+const STALL: Duration = Duration::from_millis(2);
 
 /// Looks at an instance again and again until told to stop.
 pub async fn watch(service: Arc<Service>, stop: Arc<AtomicBool>) -> Seen {
@@ -143,6 +143,7 @@ pub fn record(
         outages: outages(&log, clock),
         samples: seen.samples,
         unsettled: None,
+        worse: Vec::new(),
         crashes,
         probe_faults: seen.probe_faults,
         first_resident_bytes,
@@ -159,6 +160,7 @@ fn outages(log: &[String], clock: RunClock) -> Vec<Outage> {
             outages.push(Outage {
                 opened: moment(line, clock),
                 closed: None,
+                slack: Outage::SLACK,
             });
         } else if line.contains("Switched back to Redis storage")
             && let Some(last) = outages.last_mut()
@@ -182,17 +184,23 @@ fn moment(line: &str, clock: RunClock) -> Moment {
     since.unwrap_or_default()
 }
 
-/// Takes down when the machine does not let this process run.
+/// Takes down when the machine does not let this process run, nor what it has started.
 pub async fn watch_stalls(clock: RunClock, stop: Arc<AtomicBool>) -> Vec<Stall> {
-    const TICK: Duration = Duration::from_millis(5);
+    const TICK: Duration = Duration::from_millis(20);
     let mut stalls = Vec::new();
+    let mut before = stalled();
     while !stop.load(Ordering::Relaxed) {
-        let (begin, before) = (clock.now(), Instant::now());
+        let begin = Instant::now();
         sleep(TICK).await;
-        if before.elapsed() > TICK + STALL {
+        // Others may have kept this task from running.
+        let late = begin.elapsed().saturating_sub(TICK);
+        let (now, so_far) = (clock.now(), stalled());
+        let length = late.max(so_far - before);
+        before = so_far;
+        if length > STALL {
             stalls.push(Stall {
-                begin: begin + TICK,
-                end: clock.now(),
+                begin: now.saturating_sub(length),
+                end: now,
             });
         }
     }

@@ -10,6 +10,7 @@ use super::{
     redis_cluster::RedisCluster,
     redis_sentinel::{RedisSentinel, is_primary},
     redis_server::RedisServer,
+    stalls::Bound,
 };
 
 /// Who decides that a replica takes over.
@@ -44,9 +45,18 @@ const SHARD: usize = 1;
 
 impl Replicated {
     pub async fn start(kind: Kind) -> Self {
+        Self::start_with(kind, DOWN_AFTER).await
+    }
+
+    /// The same where no replica takes over.
+    pub async fn start_patient(kind: Kind) -> Self {
+        Self::start_with(kind, Duration::from_secs(60)).await
+    }
+
+    async fn start_with(kind: Kind, down_after: Duration) -> Self {
         match kind {
-            Kind::Sentinel => Self::Sentinel(RedisSentinel::start(DOWN_AFTER).await),
-            Kind::Cluster => Self::Cluster(RedisCluster::start_replicated(DOWN_AFTER).await),
+            Kind::Sentinel => Self::Sentinel(RedisSentinel::start(down_after).await),
+            Kind::Cluster => Self::Cluster(RedisCluster::start_replicated(down_after).await),
         }
     }
 
@@ -66,6 +76,21 @@ impl Replicated {
         }
     }
 
+    /// Lets a primary fail and come back, before a replica takes its place.
+    pub async fn fail_for(&mut self, failure: Failure, length: Duration) {
+        let failing = match self {
+            Self::Sentinel(sentinel) => &mut sentinel.servers[0],
+            Self::Cluster(cluster) => &mut cluster.primaries[SHARD],
+        };
+        fail(failing, failure);
+        tokio::time::sleep(length).await;
+        revive(failing, failure).await;
+        match self {
+            Self::Sentinel(sentinel) => sentinel.wait_until_ready().await,
+            Self::Cluster(cluster) => cluster.wait_until_followed().await,
+        }
+    }
+
     /// Lets a primary fail, and waits until a replica has taken its place. When
     /// that was.
     pub async fn fail_over(&mut self, failure: Failure) -> Instant {
@@ -79,11 +104,8 @@ impl Replicated {
                 &mut cluster.replicas[SHARD..=SHARD],
             ),
         };
-        match failure {
-            Failure::Kill => failing.kill(),
-            Failure::Hang => failing.process().signal("STOP"),
-        }
-        let began = Instant::now();
+        fail(failing, failure);
+        let bound = Bound::of(PROMOTED_WITHIN);
         loop {
             for candidate in candidates.iter_mut() {
                 if is_primary(candidate).await {
@@ -92,8 +114,7 @@ impl Replicated {
                     return promoted;
                 }
             }
-            let waited = began.elapsed();
-            assert!(waited < PROMOTED_WITHIN, "no replica takes over");
+            bound.assert_holds("a replica takes over");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -122,6 +143,13 @@ impl Replicated {
                 cluster.wait_until_followed().await;
             }
         }
+    }
+}
+
+fn fail(server: &mut RedisServer, failure: Failure) {
+    match failure {
+        Failure::Kill => server.kill(),
+        Failure::Hang => server.process().signal("STOP"),
     }
 }
 
