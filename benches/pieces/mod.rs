@@ -169,7 +169,7 @@ fn of_failover() -> [Piece; 3] {
             learning.learn(&learned, Shown::by_write(&write, &written), ticket);
         }),
         piece("mirror: look up", move || {
-            mirror.known_version(&key);
+            mirror.known(&key);
         }),
         piece("switch: whose turn it is", move || {
             switch.redis_period();
