@@ -259,7 +259,7 @@ impl Admin {
             redis,
             switch,
             mirror: MirrorHealth {
-                entries: usage.entries,
+                entries: usage.groups,
                 bytes: usage.bytes,
                 dirty: usage.dirty,
             },

@@ -31,6 +31,12 @@ pub struct DocumentHead {
     json: Vec<u8>,
 }
 
+/// A whole document but for its version.
+#[derive(Clone, Debug)]
+pub struct Draft {
+    json: Vec<u8>,
+}
+
 /// Takes what is written as long as it is within a bound, and counts the rest: what is
 /// refused for its size takes no memory first. In JSON a request can be six times as long.
 struct Bounded {
@@ -127,19 +133,26 @@ impl DocumentHead {
 
     /// The whole document but for its version, which the write script puts in.
     pub fn unversioned(&self, write_id: &str) -> Bytes {
-        self.with_tail(write_id, Self::UNKNOWN_VERSION)
+        self.with_tail(write_id, Self::UNKNOWN_VERSION).into()
     }
 
     /// The whole document.
     pub fn finish(&self, write_id: &str, version: Version) -> Document {
         Document {
             key: self.key.clone(),
-            json: self.with_tail(write_id, version),
+            json: self.with_tail(write_id, version).into(),
         }
     }
 
-    fn with_tail(&self, write_id: &str, version: impl fmt::Display) -> Bytes {
-        let end = format!("{version}}},\"version\":{version}}}");
+    /// The same, to put a version in later, at no more cost than that of its digits.
+    pub fn draft(&self, write_id: &str) -> Draft {
+        Draft {
+            json: self.with_tail(write_id, Self::UNKNOWN_VERSION),
+        }
+    }
+
+    fn with_tail(&self, write_id: &str, version: impl fmt::Display) -> Vec<u8> {
+        let end = end_of_tail(version);
         // In one piece of exactly the size that it takes: it may be kept.
         [
             &self.json,
@@ -149,7 +162,29 @@ impl DocumentHead {
             end.as_bytes(),
         ]
         .concat()
-        .into()
+    }
+}
+
+/// What follows the name of the inner version.
+fn end_of_tail(version: impl fmt::Display) -> String {
+    format!("{version}}},\"version\":{version}}}")
+}
+
+// === impl Draft ===
+
+impl Draft {
+    /// Size of the document, or that of it with a version of another length.
+    pub fn bytes(&self) -> usize {
+        self.json.len()
+    }
+
+    /// The document with its version.
+    pub fn finish(mut self, version: Version) -> Bytes {
+        let end = end_of_tail(version);
+        let place = self.json.len() - end_of_tail(DocumentHead::UNKNOWN_VERSION).len();
+        self.json.truncate(place);
+        self.json.extend_from_slice(end.as_bytes());
+        self.json.into()
     }
 }
 
@@ -215,14 +250,18 @@ impl Document {
 
     /// Whether the call with this write id has written the document.
     pub fn was_written_by(&self, write_id: &str) -> bool {
-        let tail = self.json.len().saturating_sub(DocumentHead::MAX_TAIL_BYTES);
-        let wanted = format!("\"write_id\":\"{write_id}\",\"version\":");
-        self.json[tail..]
-            .windows(wanted.len())
-            .any(|text| text == wanted.as_bytes())
+        // As the scripts see it.
+        let written = |version| {
+            let tail = format!(
+                "\"write_id\":\"{write_id}\",\"version\":{version}}},\"version\":{version}}}"
+            );
+            self.json.ends_with(tail.as_bytes())
+        };
+        self.version_in_tail().is_some_and(written)
     }
 
-    /// The version in `,"version":N}` at the very end.
+    /// The version in `},"version":N}` at the very end: what the scripts read of a
+    /// document without being told.
     fn version_in_tail(&self) -> Option<Version> {
         let json = self.json.strip_suffix(b"}")?;
         let digits = json.iter().rev().take_while(|c| c.is_ascii_digit()).count();
@@ -307,7 +346,13 @@ mod tests {
             alerts: BTreeMap::new(),
             metadata: GroupMetadata::default(),
         };
-        let written = DocumentHead::new(&group).finish("i-1", version(16));
+        let head = DocumentHead::new(&group);
+        let written = head.finish("i-1", version(16));
+        assert_eq!(head.draft("i-1").finish(version(16)), written.json);
+        let usual = version(1_795_425_541_998_120);
+        let draft = head.draft("i-1");
+        assert_eq!(draft.bytes(), head.finish("i-1", usual).json.len());
+        assert_eq!(draft.finish(usual), head.finish("i-1", usual).json);
         assert_eq!(written.version(), Some(version(16)));
         assert!(written.was_written_by("i-1"));
         assert!(!written.was_written_by("i-") && !written.was_written_by("i-11"));

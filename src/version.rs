@@ -3,7 +3,7 @@
 use std::{
     fmt,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -29,17 +29,20 @@ pub struct MemoryVersions {
 }
 
 /// Names this process in write ids, page tokens and replies: random, drawn at
-/// start, so that two runs on one host differ.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InstanceId(String);
+/// start, so that two runs on one host differ. Cheap to clone.
+///
+/// It makes the write ids, too: one for each write, unique among all instances. A
+/// write id is stored in the document, so that a write whose answer was lost is
+/// recognised. Whoever writes draws from the clones' common counter, so that no
+/// two writers of one process can ever have the same id.
+#[derive(Clone, Debug)]
+pub struct InstanceId(Arc<Instance>);
 
-/// Makes write ids: one for each write call, unique among all instances. A
-/// write id is stored in the document, so that a write whose answer was lost
-/// is recognised.
 #[derive(Debug)]
-pub struct WriteIds {
-    prefix: String,
-    next: AtomicU64,
+struct Instance {
+    name: String,
+    /// The next write's number.
+    next_write: AtomicU64,
 }
 
 /// What is known of a Redis server's clock: an interval in which its offset
@@ -67,8 +70,8 @@ struct OffsetInterval {
 // === impl Version ===
 
 impl Version {
-    /// The greatest version a write may replace or issue: Lua's numbers are
-    /// exact up to here.
+    /// The greatest version that a write may issue, and the least that none can
+    /// replace: Lua's numbers are exact up to here.
     pub const MAX_RAISABLE: i64 = 1 << 53;
 
     /// What a document without a version, or with version 0, counts as.
@@ -141,38 +144,20 @@ impl Default for MemoryVersions {
 
 impl InstanceId {
     pub fn random() -> Self {
-        Self(format!("{:012x}", rand::random::<u64>() >> 16))
+        Self(Arc::new(Instance {
+            name: format!("{:012x}", rand::random::<u64>() >> 16),
+            next_write: AtomicU64::new(1),
+        }))
     }
 
     pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-// === impl WriteIds ===
-
-impl WriteIds {
-    /// For the calls that an instance serves.
-    pub fn of_calls(instance: &InstanceId) -> Self {
-        Self::with_prefix(format!("{}-", instance.as_str()))
+        &self.0.name
     }
 
-    /// For what an instance writes by itself.
-    pub fn of_its_own(instance: &InstanceId) -> Self {
-        Self::with_prefix(format!("{}-s", instance.as_str()))
-    }
-
-    fn with_prefix(prefix: String) -> Self {
-        Self {
-            prefix,
-            next: AtomicU64::new(1),
-        }
-    }
-
-    /// Letters, digits and a dash; at most 30 bytes.
-    pub fn next(&self) -> String {
-        let count = self.next.fetch_add(1, Ordering::Relaxed);
-        format!("{}{count:x}", self.prefix)
+    /// A new write id: letters, digits and a dash; at most 29 bytes.
+    pub fn next_write_id(&self) -> String {
+        let number = self.0.next_write.fetch_add(1, Ordering::Relaxed);
+        format!("{}-{number:x}", self.0.name)
     }
 }
 
@@ -292,13 +277,28 @@ mod tests {
     }
 
     #[test]
-    fn write_ids_differ() {
+    fn no_two_writers_of_a_process_share_a_write_id() {
         let instance = InstanceId::random();
-        let ids = WriteIds::of_calls(&instance);
-        let (a, b) = (ids.next(), ids.next());
-        assert_ne!(a, b);
-        assert_ne!(a, WriteIds::of_its_own(&instance).next());
-        assert!(a.len() <= 29 && a.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'-'));
+        // As the calls, the watch over Redis and whoever carries over have it.
+        let writers: Vec<_> = (0..3)
+            .map(|_| {
+                let writer = instance.clone();
+                std::thread::spawn(move || {
+                    let ids = std::iter::repeat_with(|| writer.next_write_id());
+                    ids.take(1_000).collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        let mut ids = std::collections::HashSet::new();
+        for id in writers
+            .into_iter()
+            .flat_map(|writer| writer.join().unwrap())
+        {
+            assert!(id.len() <= 29 && id.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'-'));
+            assert!(id.starts_with(instance.as_str()));
+            assert!(ids.insert(id));
+        }
+        assert!(!ids.contains(&InstanceId::random().next_write_id()));
     }
 
     #[test]

@@ -151,6 +151,10 @@ impl BringBack {
                 }
                 if batch > 0 {
                     tokio::time::sleep_until(begin + Self::CARRY_PAUSE).await;
+                } else {
+                    // A walk past many that Redis knows of is no reason to let
+                    // others wait.
+                    tokio::task::yield_now().await;
                 }
                 after = next;
                 if after.is_none() {

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     document::{Document, DocumentHead},
     group::{AlertGroup, GroupKey},
-    version::{InstanceId, Version, WriteIds},
+    version::{InstanceId, Version},
 };
 
 /// Keeps documents by group key: the contract of [`GroupStore`], one level
@@ -125,7 +125,7 @@ pub struct DocumentBatch {
 pub struct Documents<S> {
     store: S,
     max_document_bytes: usize,
-    write_ids: WriteIds,
+    instance: InstanceId,
 }
 
 // === impl Documents ===
@@ -136,7 +136,7 @@ impl<S: DocumentStore> Documents<S> {
         Self {
             store,
             max_document_bytes,
-            write_ids: WriteIds::of_calls(&instance),
+            instance,
         }
     }
 
@@ -156,7 +156,7 @@ impl<S: DocumentStore> Documents<S> {
             head,
             condition,
             expiry,
-            write_id: self.write_ids.next(),
+            write_id: self.instance.next_write_id(),
             newer_than: None,
         })
     }

@@ -24,7 +24,7 @@ use crate::{
     document::{Document, DocumentHead},
     group::{AlertGroup, GroupKey},
     telemetry::{self, seldom},
-    version::{InstanceId, Version, WriteIds},
+    version::{InstanceId, Version},
 };
 
 /// What Redis holds at a key that was changed here.
@@ -58,7 +58,7 @@ pub enum Step {
 pub struct Carrier {
     redis: RedisStore,
     memory: MemoryStore,
-    write_ids: WriteIds,
+    instance: InstanceId,
     running: Mutex<HashMap<GroupKey, Carrying>>,
 }
 
@@ -126,7 +126,7 @@ impl Carrier {
         Self {
             redis: redis.for_repair(),
             memory,
-            write_ids: WriteIds::of_its_own(instance),
+            instance: instance.clone(),
             running: Mutex::default(),
         }
     }
@@ -263,7 +263,7 @@ impl Carrier {
                         StoreError::Bug("a delete cannot be carried as a group".into()).into(),
                     );
                 };
-                let write_id = self.write_ids.next();
+                let write_id = self.instance.next_write_id();
                 // Whatever becomes of this attempt, it is recognised as ours.
                 let change = ours.changed.change;
                 if !self.memory.carrying(ours.key, change, &write_id) {
@@ -291,7 +291,7 @@ impl Carrier {
                 // Not recognised as ours, since it holds theirs as well: it would
                 // be replaced by what is ours alone. Merged again, nothing of it
                 // changes.
-                let write_id = self.write_ids.next();
+                let write_id = self.instance.next_write_id();
                 let written = self.write(ours, &group, condition, expiry, write_id);
                 if written.await? {
                     telemetry::degraded_writes_merged(1);

@@ -35,7 +35,7 @@ use crate::{
     document::DocumentHead,
     group::{AlertGroup, GroupKey, GroupMetadata},
     telemetry,
-    version::{InstanceId, Version, WriteIds},
+    version::{InstanceId, Version},
 };
 
 /// Watches over Redis until it is dropped.
@@ -52,7 +52,7 @@ struct Watch {
     bring_back: Arc<BringBack>,
     trip_after: Duration,
     /// Of the probe keys; they name them, too.
-    write_ids: WriteIds,
+    instance: InstanceId,
     /// None until Redis has answered for the first time.
     server: tokio::sync::Mutex<Option<KnownServer>>,
     pong: Mutex<Option<Pong>>,
@@ -109,7 +109,7 @@ impl Recovery {
                 switch.clone(),
                 instance,
             )),
-            write_ids: WriteIds::of_its_own(instance),
+            instance: instance.clone(),
             server: tokio::sync::Mutex::new(None),
             pong: Mutex::new(None),
             redis: redis.for_health(),
@@ -258,7 +258,12 @@ impl Watch {
                     }
                 },
                 Next::Probe(Probe::Write) => match self.probe_write().await {
-                    Ok(server) => self.switch.write_succeeds(server),
+                    Ok(server) => {
+                        // So that there is little left to sweep in the moment in
+                        // which the switch turns, and nobody waits for that.
+                        self.memory.sweep().await;
+                        self.switch.write_succeeds(server);
+                    }
                     Err(failed) => {
                         self.switch.probe_fails(&failed.error.to_string());
                         if failed.is_refused_by_replica() {
@@ -355,7 +360,7 @@ impl Watch {
 
     /// Writes a new probe key on every server of which `run_id` was just read.
     async fn new_probes(&self, run_id: &str) -> Result<Probes, NotDone> {
-        let name = self.write_ids.next();
+        let name = self.instance.next_write_id();
         let keys = self.redis.probe_keys(&name).into_iter();
         let conditions = keys.map(|key| (key, Condition::Any));
         let written = self.write_probes(&name, conditions).await?;
@@ -428,7 +433,7 @@ impl Watch {
             head: DocumentHead::new(&group),
             condition,
             expiry: Expiry::After(Self::PROBE_TTL),
-            write_id: self.write_ids.next(),
+            write_id: self.instance.next_write_id(),
             newer_than: None,
         };
         let trail = Trail::default();

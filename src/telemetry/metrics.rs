@@ -207,6 +207,7 @@ struct Meters {
     reports_dropped: Counter,
     put_back: Counter,
     mirror_entries: Gauge,
+    mirror_tombstones: Gauge,
     mirror_bytes: Gauge,
     mirror_dirty_entries: Gauge,
     mirror_dirty_bytes: Gauge,
@@ -371,10 +372,21 @@ impl Meters {
                 "Groups that Redis had lost and that were put back from the mirror.",
                 &[],
             ),
-            mirror_entries: gauge("mirror_entries", "Groups in memory.", Unit::Count, &[]),
+            mirror_entries: gauge(
+                "mirror_entries",
+                "Groups in memory, tombstones and expired ones left out.",
+                Unit::Count,
+                &[],
+            ),
+            mirror_tombstones: gauge(
+                "mirror_tombstones",
+                "Entries in memory that hold no group: what was deleted, or dropped, and Redis may still hold.",
+                Unit::Count,
+                &[],
+            ),
             mirror_bytes: gauge(
                 "mirror_bytes",
-                "Memory that groups take, overhead included.",
+                "Memory that groups and tombstones take, overhead included.",
                 Unit::Bytes,
                 &[],
             ),
@@ -559,7 +571,8 @@ pub fn groups_put_back(count: usize) {
 
 /// What memory holds; told when somebody asks.
 pub fn mirror(usage: Usage) {
-    METERS.mirror_entries.set(usage.entries as f64);
+    METERS.mirror_entries.set(usage.groups as f64);
+    METERS.mirror_tombstones.set(usage.traces as f64);
     METERS.mirror_bytes.set(usage.bytes as f64);
     METERS.mirror_dirty_entries.set(usage.dirty as f64);
     METERS.mirror_dirty_bytes.set(usage.dirty_bytes as f64);

@@ -65,7 +65,7 @@ const BUCKETS: [&str; 25] = [
 ];
 
 /// What dashboards and rules are written against: name and type.
-const METRICS: [(&str, &str); 30] = [
+const METRICS: [(&str, &str); 31] = [
     ("authentication_failures_total", "counter"),
     ("build_info", "gauge"),
     ("calls_shed_total", "counter"),
@@ -83,6 +83,7 @@ const METRICS: [(&str, &str); 30] = [
     ("mirror_dirty_entries", "gauge"),
     ("mirror_entries", "gauge"),
     ("mirror_max_bytes", "gauge"),
+    ("mirror_tombstones", "gauge"),
     ("redis_duration_seconds", "histogram"),
     ("redis_may_evict", "gauge"),
     ("redis_retries_total", "counter"),
@@ -154,6 +155,7 @@ fn assert_all_zero(scrape: &Scrape) {
         "merge_reports_dropped_total",
         "groups_put_back_total",
         "mirror_entries",
+        "mirror_tombstones",
         "mirror_bytes",
         "mirror_dirty_entries",
         "mirror_dirty_bytes",
@@ -485,6 +487,8 @@ async fn while_redis_is_down_the_switch_and_what_is_dirty_show() {
         scrape.value("mirror_dirty_bytes"),
         scrape.value("mirror_bytes")
     );
+    assert_eq!(scrape.value("mirror_entries"), 1.0);
+    assert_eq!(scrape.value("mirror_tombstones"), 0.0);
     // Now with a policy that keeps what is stored.
     redis.launch_again(&["--maxmemory-policy", "noeviction"]);
     wait_until("back on Redis", Duration::from_secs(5), async || {
@@ -498,6 +502,36 @@ async fn while_redis_is_down_the_switch_and_what_is_dirty_show() {
     assert_eq!(scrape.value("degraded_writes_discarded_total"), 1.0);
     assert_eq!(scrape.value("mirror_dirty_bytes"), 0.0);
     assert_eq!(scrape.value("redis_may_evict"), 0.0);
+}
+
+#[tokio::test]
+async fn mirror_entries_are_groups_and_neither_tombstones_nor_what_has_expired() {
+    let redis = RedisServer::start().await;
+    let service = Service::start(&["--redis-url", &redis.url()]);
+    let mut client = service.client().await;
+    for key in ["kept", "deleted"] {
+        client.store(store_request(key)).await.unwrap();
+    }
+    let mut fleeting = store_request("fleeting");
+    fleeting.expiry = Some(pb::store_request::Expiry::Ttl(prost_types::Duration {
+        seconds: 1,
+        nanos: 0,
+    }));
+    client.store(fleeting).await.unwrap();
+    let scrape = Scrape::of(&service).await;
+    assert_eq!(scrape.value("mirror_tombstones"), 0.0);
+    let request = pb::DeleteRequest {
+        key: "deleted".into(),
+        expected_version: None,
+    };
+    assert!(client.delete(request).await.unwrap().into_inner().deleted);
+    let scrape = Scrape::of(&service).await;
+    assert_eq!(scrape.value("mirror_tombstones"), 1.0);
+    wait_until("only one is left", Duration::from_secs(5), async || {
+        Scrape::of(&service).await.value("mirror_entries") == 1.0
+    })
+    .await;
+    assert_eq!(service.health().await["mirror"]["entries"], 1);
 }
 
 #[tokio::test]

@@ -10,31 +10,27 @@
 //! takes the place of a newer one, so that answers may come in any order. A
 //! recovery, or another Redis process, begins a new epoch, in which the first
 //! answer always counts: Redis may have gone back in time.
+//!
+//! Whoever calls holds a lock that all calls wait for. So nothing here takes
+//! longer with more entries: what has to look at many, or remove many, does so
+//! in *steps* of a bounded number, and says whether there is more to do.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    ops::Bound,
-    time::Duration,
-};
+mod table;
+
+use std::{ops::ControlFlow, time::Duration};
 
 use bytes::Bytes;
 use tokio::time::Instant;
 
+use self::table::Table;
 use super::entry::{Changed, Content, Entry, Standing};
 use crate::{document::Document, group::GroupKey, version::Version};
 
-/// The entries, by key and by expiry.
+/// The entries, and what is known of Redis.
 #[derive(Debug)]
 pub struct Entries {
-    by_key: BTreeMap<GroupKey, Entry>,
-    /// Every clean entry once, soonest expiry first: the order of leaving.
-    clean: BTreeSet<(Instant, GroupKey)>,
-    /// Every dirty entry once, soonest expiry first.
-    dirty: BTreeSet<(Instant, GroupKey)>,
-    /// The sum of [`Entry::cost`]; stays at or below `max_bytes`.
-    bytes: usize,
-    /// The part of it that dirty entries take.
-    dirty_bytes: usize,
+    table: Table,
+    /// The most that the entries may take, dropped ones included.
     max_bytes: usize,
     /// Stands for "never" as an expiry.
     never: Instant,
@@ -46,6 +42,16 @@ pub struct Entries {
     put_back_absent: bool,
     /// Number of changes made to dirty entries.
     changes: u64,
+    step: Step,
+}
+
+/// The most that is done at once.
+#[derive(Clone, Copy, Debug)]
+struct Step {
+    /// Entries that are looked at in the order of their keys.
+    looks_at: usize,
+    /// Entries that are removed, or passed over in the search for one to remove.
+    removes: usize,
 }
 
 /// The moment at which a call was sent to Redis.
@@ -117,11 +123,18 @@ impl Shown {
     }
 }
 
-/// There is no room, and nothing that may leave.
+/// Why there is no room for an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Full {
-    pub max_bytes: usize,
+pub enum NoRoom {
+    /// Nothing is left that may leave.
+    Full,
+    /// More has to leave than one step removes: try again.
+    NotYet,
 }
+
+/// A step has not removed everything: try again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotYet;
 
 // === impl Entries ===
 
@@ -134,32 +147,47 @@ impl Entries {
     /// Unsure entries that are passed over in the search for one that may leave.
     const MOST_PASSED_OVER: usize = 64;
 
+    /// With a million groups: some 0.1 ms.
+    const STEP: Step = Step {
+        looks_at: 500,
+        removes: 100,
+    };
+
     pub fn new(max_bytes: usize, now: Instant) -> Self {
         Self {
-            by_key: BTreeMap::new(),
-            clean: BTreeSet::new(),
-            dirty: BTreeSet::new(),
-            bytes: 0,
-            dirty_bytes: 0,
+            table: Table::default(),
             max_bytes,
             never: now + Self::NEVER,
             epoch: 0,
             unsure_before: 0,
             put_back_absent: false,
             changes: 0,
+            step: Self::STEP,
         }
     }
 
-    pub fn len(&self) -> usize {
-        self.by_key.len()
+    /// Number of groups. What has expired counts until it is swept.
+    pub fn groups(&self) -> usize {
+        self.table.sums().documents
+    }
+
+    /// Number of entries that hold no group: tombstones, and what is known of
+    /// groups in Redis of which a change was dropped.
+    pub fn traces(&self) -> usize {
+        self.table.sums().traces
     }
 
     pub fn bytes(&self) -> usize {
-        self.bytes
+        self.table.sums().bytes
     }
 
     pub fn max_bytes(&self) -> usize {
         self.max_bytes
+    }
+
+    /// Documents of entries that were removed, for whoever gives their memory back.
+    pub fn take_removed(&mut self) -> Vec<Bytes> {
+        self.table.take_removed()
     }
 
     /// Every unsure entry has been offered.
@@ -169,34 +197,37 @@ impl Entries {
 
     /// Number of entries that were changed here, tombstones included.
     pub fn dirty(&self) -> usize {
-        self.dirty.len()
+        self.table.dirty()
     }
 
     /// What these take of [`Self::bytes`].
     pub fn dirty_bytes(&self) -> usize {
-        self.dirty_bytes
+        self.table.sums().dirty_bytes
     }
 
     /// The group at a key, if there is one.
     pub fn get(&self, key: &str, now: Instant) -> Option<&Entry> {
-        self.by_key.get(key).filter(|entry| entry.is_group(now))
+        self.table.get(key).filter(|entry| entry.is_group(now))
     }
 
-    /// Groups whose key begins with `prefix`, in order, beyond `after`.
-    pub fn range<'a>(
-        &'a self,
-        prefix: &'a str,
-        after: Option<&'a GroupKey>,
+    /// Shows groups whose key begins with `prefix` to `visit`, in order and
+    /// beyond `after`, until it breaks off or the step is over. Where to go on,
+    /// unless there is nothing more to look at.
+    pub fn walk(
+        &self,
+        prefix: &str,
+        after: Option<&GroupKey>,
         now: Instant,
-    ) -> impl Iterator<Item = (&'a GroupKey, &'a Entry)> {
-        let from: Bound<&str> = match after {
-            Some(after) => Bound::Excluded(after.as_str()),
-            None => Bound::Included(prefix),
-        };
-        self.by_key
-            .range::<str, _>((from, Bound::Unbounded))
-            .take_while(move |(key, _)| key.as_str().starts_with(prefix))
-            .filter(move |(_, entry)| entry.is_group(now))
+        mut visit: impl FnMut(&GroupKey, &Entry) -> ControlFlow<()>,
+    ) -> Option<GroupKey> {
+        self.table
+            .walk(prefix, after, self.step.looks_at, |key, entry| {
+                if entry.is_group(now) {
+                    visit(key, entry)
+                } else {
+                    ControlFlow::Continue(())
+                }
+            })
     }
 
     /// When an entry expires; None if it never does.
@@ -213,17 +244,18 @@ impl Entries {
         expires: Instant,
         maybe_in_redis: Option<&str>,
         now: Instant,
-    ) -> Result<(), Full> {
+    ) -> Result<(), NoRoom> {
         let (json, version) = document;
+        self.settle(key, now);
         let changed = self.changed(key, maybe_in_redis, now);
         let entry = Entry {
             content: Content::Document(json),
             version,
             expires,
-            standing: Standing::Dirty(Box::new(changed)),
+            standing: self.dirty_standing(changed),
         };
         self.make_room(key, entry.cost(key), now, true)?;
-        self.put(key.clone(), entry);
+        self.table.put(key.clone(), entry);
         Ok(())
     }
 
@@ -234,15 +266,15 @@ impl Entries {
         };
         let (version, expires) = (entry.version, entry.expires);
         let changed = self.changed(key, None, now);
-        self.remove(key);
+        self.table.remove(key);
         self.bury(key.clone(), version, expires, changed, now);
     }
 
     /// What is known of Redis once the entry at `key` is changed.
     fn changed(&mut self, key: &GroupKey, maybe_in_redis: Option<&str>, now: Instant) -> Changed {
         self.changes += 1;
-        let mut changed = match self.by_key.get(key).map(|entry| (entry, &entry.standing)) {
-            Some((_, Standing::Dirty(changed))) => Changed::clone(changed),
+        let mut changed = match self.entry(key).map(|entry| (entry, &entry.standing)) {
+            Some((_, Standing::Dirty { changed, .. })) => Changed::clone(changed),
             Some((entry, Standing::Clean { .. })) if entry.is_in_redis(now) => Changed {
                 base: Some((entry.version, entry.expires)),
                 ..Changed::default()
@@ -266,21 +298,21 @@ impl Entries {
         changed: Changed,
         now: Instant,
     ) {
-        let base_expires = changed.base.map(|(_, expires)| expires);
-        let expires = if changed.maybe_in_redis.is_empty() {
-            base_expires
-        } else {
-            // What may be in Redis got the time to live that it had here.
-            base_expires.max(Some(expired))
-        };
-        if let Some(expires) = expires.filter(|expires| *expires > now) {
+        if let Some(expires) = changed.tombstone_expires(expired, now) {
             let entry = Entry {
                 content: Content::Deleted,
                 version,
                 expires,
-                standing: Standing::Dirty(Box::new(changed)),
+                standing: self.dirty_standing(changed),
             };
-            self.put(key, entry);
+            self.table.put(key, entry);
+        }
+    }
+
+    fn dirty_standing(&self, changed: Changed) -> Standing {
+        Standing::Dirty {
+            changed: Box::new(changed),
+            generation: self.table.generation(),
         }
     }
 
@@ -298,15 +330,25 @@ impl Entries {
     }
 
     /// Takes in what Redis has answered to the call with this ticket. True if
-    /// there is an entry now that was not there before.
-    pub fn learn(&mut self, key: &GroupKey, shown: Shown, ticket: Ticket, now: Instant) -> bool {
-        let known = match self.by_key.get(key).map(|entry| (entry, &entry.standing)) {
+    /// there is an entry now that was not there before. Returns what is shown if
+    /// this takes another step.
+    pub fn learn(
+        &mut self,
+        key: &GroupKey,
+        shown: Shown,
+        ticket: Ticket,
+        now: Instant,
+    ) -> Result<bool, Shown> {
+        self.settle(key, now);
+        let known = match self.entry(key).map(|entry| (entry, &entry.standing)) {
             // What was changed here has to be told to Redis first.
-            Some((_, Standing::Dirty(_))) => return false,
+            Some((_, Standing::Dirty { .. })) => return Ok(false),
             // And so has what it may have lost: there may be an older one already,
             // which another instance has put back.
-            Some((entry, _)) if self.pending_entry(entry) && shown.is_older_than(entry.version) => {
-                return false;
+            Some((entry, _))
+                if self.pending_entry(entry, now) && shown.is_older_than(entry.version) =>
+            {
+                return Ok(false);
             }
             Some((entry, Standing::Clean { epoch, seen }))
                 if !matches!(entry.content, Content::Unknown) =>
@@ -329,55 +371,74 @@ impl Entries {
                     && (same_epoch || ticket.epoch != self.epoch)
                     && (known > version || (known == version && !is_group))
                 {
-                    return false;
+                    return Ok(false);
                 }
-                let expires = left.map_or(self.never, |left| ticket.sent + left);
-                let entry = Entry {
-                    content: Content::Document(json),
-                    version,
-                    expires,
-                    standing: Standing::Clean {
-                        epoch: ticket.epoch,
-                        seen: now,
-                    },
+                let cost = Entry::cost_of(key, json.len());
+                let Ok(fits) = self.fits(key, cost, now) else {
+                    return Err(Shown::Document {
+                        json,
+                        version,
+                        left,
+                    });
                 };
-                let fits = self.make_room(key, entry.cost(key), now, false).is_ok();
-                self.remove(key);
+                self.table.remove(key);
                 if fits {
-                    self.put(key.clone(), entry);
+                    let entry = Entry {
+                        content: Content::Document(json),
+                        version,
+                        expires: left.map_or(self.never, |left| ticket.sent + left),
+                        standing: Standing::Clean {
+                            epoch: ticket.epoch,
+                            seen: now,
+                        },
+                    };
+                    self.table.put(key.clone(), entry);
                 }
-                fits && known.is_none()
+                Ok(fits && known.is_none())
             }
-            _ if ticket.epoch != self.epoch => false,
+            _ if ticket.epoch != self.epoch => Ok(false),
             Shown::Absent => {
                 // An entry that was learned after the call was sent may be newer
                 // than its answer.
                 if known.is_some_and(|(_, seen, same_epoch, is_group)| {
                     is_group && (!same_epoch || seen < ticket.sent)
                 }) {
-                    self.remove(key);
+                    self.table.remove(key);
                 }
-                false
+                Ok(false)
             }
             Shown::Deleted(version) => {
                 if known.is_some_and(|(known, _, same_epoch, _)| same_epoch && known > version) {
-                    return false;
+                    return Ok(false);
                 }
-                let entry = Entry {
-                    content: Content::Deleted,
-                    version,
-                    expires: now + Self::TOMBSTONE,
-                    standing: Standing::Clean {
-                        epoch: self.epoch,
-                        seen: now,
-                    },
+                let cost = Entry::cost_of(key, 0);
+                let Ok(fits) = self.fits(key, cost, now) else {
+                    return Err(Shown::Deleted(version));
                 };
-                self.remove(key);
-                if self.make_room(key, entry.cost(key), now, false).is_ok() {
-                    self.put(key.clone(), entry);
+                self.table.remove(key);
+                if fits {
+                    let entry = Entry {
+                        content: Content::Deleted,
+                        version,
+                        expires: now + Self::TOMBSTONE,
+                        standing: Standing::Clean {
+                            epoch: self.epoch,
+                            seen: now,
+                        },
+                    };
+                    self.table.put(key.clone(), entry);
                 }
-                false
+                Ok(false)
             }
+        }
+    }
+
+    /// Whether there is room for a clean entry of `cost`.
+    fn fits(&mut self, key: &GroupKey, cost: usize, now: Instant) -> Result<bool, NotYet> {
+        match self.make_room(key, cost, now, false) {
+            Ok(()) => Ok(true),
+            Err(NoRoom::Full) => Ok(false),
+            Err(NoRoom::NotYet) => Err(NotYet),
         }
     }
 
@@ -419,114 +480,84 @@ impl Entries {
         }
     }
 
-    /// Drops what was changed here. The number of groups that were written or
-    /// deleted and are dropped.
-    pub fn discard(&mut self, now: Instant) -> usize {
-        self.sweep(now);
-        let dropped = std::mem::take(&mut self.dirty);
-        let count = dropped.len();
-        self.dirty_bytes = 0;
-        for (_, key) in dropped {
-            let Some(entry) = self.by_key.remove(&key) else {
-                continue;
-            };
-            self.bytes -= entry.cost(&key);
-            // Redis still holds what was changed. Should it fail again before
-            // that is read, a delete must know that there is something to
-            // delete.
-            if let Standing::Dirty(changed) = entry.standing
-                && let Some((version, expires)) = changed.base
-                && expires > now
-            {
-                let entry = Entry {
-                    content: Content::Unknown,
-                    version,
-                    expires,
-                    standing: Standing::Clean {
-                        epoch: self.epoch,
-                        seen: now,
-                    },
-                };
-                self.put(key, entry);
-            }
-        }
-        count
+    /// Drops what was changed here, all of it at once. The number of groups that
+    /// were written or deleted and are dropped. What has expired does not count,
+    /// and goes first.
+    pub fn discard(&mut self, now: Instant) -> Result<usize, NotYet> {
+        self.sweep(now)?;
+        Ok(self.table.drop_dirty())
     }
 
     /// Whether Redis has to be told of the entry at a key before it is asked.
     pub fn is_pending(&self, key: &GroupKey, now: Instant) -> bool {
-        self.by_key
-            .get(key)
-            .is_some_and(|entry| entry.expires > now && self.pending_entry(entry))
+        self.entry(key)
+            .is_some_and(|entry| self.pending_entry(entry, now))
     }
 
-    fn pending_entry(&self, entry: &Entry) -> bool {
+    fn pending_entry(&self, entry: &Entry, now: Instant) -> bool {
         match &entry.standing {
-            Standing::Dirty(_) => true,
-            Standing::Clean { epoch, .. } => {
-                *epoch < self.unsure_before && matches!(entry.content, Content::Document(_))
-            }
+            Standing::Dirty { .. } => entry.expires > now || entry.leaves_tombstone(now).is_some(),
+            Standing::Clean { epoch, .. } => *epoch < self.unsure_before && entry.is_group(now),
         }
     }
 
-    /// Some keys of pending entries beyond `after`, and the key to go on from
-    /// unless these are the last.
+    /// Some keys of pending entries beyond `after`, and where to go on unless
+    /// there is nothing more to look at.
     pub fn pending_keys(
         &self,
         after: Option<&GroupKey>,
         most: usize,
         now: Instant,
     ) -> (Vec<GroupKey>, Option<GroupKey>) {
-        let from: Bound<&str> = match after {
-            Some(after) => Bound::Excluded(after.as_str()),
-            None => Bound::Unbounded,
-        };
         let mut keys = Vec::new();
-        let range = self.by_key.range::<str, _>((from, Bound::Unbounded));
-        for (looked_at, (key, entry)) in range.enumerate() {
-            if entry.expires > now && self.pending_entry(entry) {
-                keys.push(key.clone());
-            }
-            // The lock must not be held long.
-            if keys.len() >= most || looked_at >= 20 * most {
-                return (keys, Some(key.clone()));
-            }
-        }
-        (keys, None)
+        let next = self
+            .table
+            .walk("", after, self.step.looks_at, |key, entry| {
+                if self.pending_entry(entry, now) {
+                    keys.push(key.clone());
+                }
+                if keys.len() < most {
+                    ControlFlow::Continue(())
+                } else {
+                    ControlFlow::Break(())
+                }
+            });
+        (keys, next)
     }
 
     /// What Redis has to be told of a key.
     pub fn pending(&self, key: &GroupKey, now: Instant) -> Option<Pending> {
-        let entry = self.by_key.get(key).filter(|entry| entry.expires > now)?;
+        let entry = self
+            .entry(key)
+            .filter(|entry| self.pending_entry(entry, now))?;
         let document = match &entry.content {
-            Content::Document(json) => Some(Document {
+            Content::Document(json) if entry.expires > now => Some(Document {
                 key: key.clone(),
                 json: json.clone(),
             }),
-            Content::Deleted | Content::Unknown => None,
+            Content::Document(_) | Content::Deleted | Content::Unknown => None,
         };
         match &entry.standing {
-            Standing::Dirty(changed) => Some(Pending::Changed {
+            Standing::Dirty { changed, .. } => Some(Pending::Changed {
                 document,
                 version: entry.version,
-                left: entry.expires - now,
+                left: entry.leaves_tombstone(now).unwrap_or(entry.expires) - now,
                 changed: Changed::clone(changed),
             }),
-            Standing::Clean { .. } if self.pending_entry(entry) => Some(Pending::Unsure {
+            Standing::Clean { .. } => Some(Pending::Unsure {
                 document: document?,
                 version: entry.version,
                 left: self.expiry_of(entry).map(|expires| expires - now),
                 put_back_absent: self.put_back_absent,
             }),
-            Standing::Clean { .. } => None,
         }
     }
 
     /// The change `change` of a key is about to be written to Redis under this
     /// write id. False if it was changed again: then it must not be.
     pub fn carrying(&mut self, key: &GroupKey, change: u64, write_id: &str) -> bool {
-        match self.by_key.get_mut(key).map(|entry| &mut entry.standing) {
-            Some(Standing::Dirty(changed)) if changed.change == change => {
+        match self.table.standing_mut(key) {
+            Some(Standing::Dirty { changed, .. }) if changed.change == change => {
                 changed.remember(write_id);
                 true
             }
@@ -537,13 +568,14 @@ impl Entries {
     /// Redis was told of the change `change` of a key, and shows this now.
     pub fn carried(&mut self, key: &GroupKey, change: u64, shown: Shown, now: Instant) {
         let same = matches!(
-            self.by_key.get(key).map(|entry| &entry.standing),
-            Some(Standing::Dirty(changed)) if changed.change == change
+            self.entry(key).map(|entry| &entry.standing),
+            Some(Standing::Dirty { changed, .. }) if changed.change == change
         );
         if same {
-            self.remove(key);
+            self.table.remove(key);
             let ticket = self.ticket(now);
-            self.learn(key, shown, ticket, now);
+            // What finds no room in one step need not be known.
+            let _ = self.learn(key, shown, ticket, now);
         }
     }
 
@@ -551,119 +583,127 @@ impl Entries {
     /// version now, or a newer one, of which ours is still the last that we know.
     pub fn offered(&mut self, key: &GroupKey, version: Version, is_there: bool, now: Instant) {
         let current = self.epoch;
-        let Some(entry) = self.by_key.get_mut(key) else {
-            return;
-        };
-        if entry.version != version {
+        if self.entry(key).map(|entry| entry.version) != Some(version) {
             return;
         }
-        match &mut entry.standing {
-            Standing::Clean { epoch, seen } if *epoch < self.unsure_before && is_there => {
-                (*epoch, *seen) = (current, now);
+        match self.table.standing_mut(key) {
+            Some(Standing::Clean { epoch, seen }) if *epoch < self.unsure_before => {
+                if is_there {
+                    (*epoch, *seen) = (current, now);
+                } else {
+                    self.table.remove(key);
+                }
             }
-            Standing::Clean { epoch, .. } if *epoch < self.unsure_before => self.remove(key),
             _ => {}
         }
     }
 
-    /// Removes what has expired.
-    pub fn sweep(&mut self, now: Instant) {
-        while let Some((_, key)) = self.clean.first().filter(|(expires, _)| *expires <= now) {
-            let key = key.clone();
-            self.remove(&key);
-        }
-        while let Some((_, key)) = self.dirty.first().filter(|(expires, _)| *expires <= now) {
-            let key = key.clone();
-            let Some(entry) = self.remove_entry(&key) else {
-                continue;
-            };
-            // Redis may hold the group for longer than its last writer wanted.
-            if let Standing::Dirty(changed) = entry.standing
-                && matches!(entry.content, Content::Document(_))
-            {
-                self.bury(key, entry.version, entry.expires, *changed, now);
+    /// Removes what has expired or was dropped.
+    pub fn sweep(&mut self, now: Instant) -> Result<(), NotYet> {
+        for _ in 0..self.step.removes {
+            if !self.table.settle_one(self.epoch, now) && !self.sweep_one(now) {
+                return Ok(());
             }
+        }
+        Err(NotYet)
+    }
+
+    /// Removes one entry that has expired. False if none has.
+    fn sweep_one(&mut self, now: Instant) -> bool {
+        let expired = |first: Option<&(Instant, GroupKey)>| {
+            let (_, key) = first.filter(|(expires, _)| *expires <= now)?;
+            Some(key.clone())
+        };
+        let first = expired(self.table.first_clean());
+        let Some(key) = first.or_else(|| expired(self.table.first_dirty())) else {
+            return false;
+        };
+        self.expire(&key, now);
+        true
+    }
+
+    /// Removes an entry that has expired.
+    fn expire(&mut self, key: &GroupKey, now: Instant) {
+        // Redis may hold the group for longer than its last writer wanted.
+        if let Some(entry) = self.table.remove(key)
+            && let Standing::Dirty { changed, .. } = entry.standing
+            && matches!(entry.content, Content::Document(_))
+        {
+            self.bury(key.clone(), entry.version, entry.expires, *changed, now);
         }
     }
 
-    /// Makes room for an entry of `cost` in place of the one at `key`: what has
-    /// expired goes first, then clean entries. For a clean one nothing has to
-    /// go to any length.
+    /// Does for one key what steps do for all: its entry is none that was dropped
+    /// or has expired.
+    fn settle(&mut self, key: &GroupKey, now: Instant) {
+        self.table.settle(key, self.epoch, now);
+        if self.entry(key).is_some_and(|entry| entry.expires <= now) {
+            self.expire(key, now);
+        }
+    }
+
+    /// Makes room for a change of a key to a document of this size.
+    pub fn make_room_for(
+        &mut self,
+        key: &GroupKey,
+        json_bytes: usize,
+        now: Instant,
+    ) -> Result<(), NoRoom> {
+        self.make_room(key, Entry::cost_of(key, json_bytes), now, true)
+    }
+
+    /// Makes room for an entry of `cost` in place of the one at `key`: what was
+    /// dropped or has expired goes first, then clean entries. For a clean one
+    /// nothing has to go to any length.
     fn make_room(
         &mut self,
         key: &GroupKey,
         cost: usize,
         now: Instant,
         sweep: bool,
-    ) -> Result<(), Full> {
-        let full = Full {
-            max_bytes: self.max_bytes,
-        };
-        if self.over(key, cost) && sweep {
-            self.sweep(now);
-        }
+    ) -> Result<(), NoRoom> {
+        let mut steps = 0;
         while self.over(key, cost) {
-            let leaves = self
-                .clean
-                .iter()
-                .take(Self::MOST_PASSED_OVER)
-                .map(|(_, candidate)| candidate)
-                .find(|candidate| {
-                    *candidate != key
-                        && !self
-                            .by_key
-                            .get(*candidate)
-                            .is_some_and(|entry| self.pending_entry(entry))
-                })
-                .cloned();
-            self.remove(&leaves.ok_or(full)?);
+            if steps >= self.step.removes {
+                return Err(NoRoom::NotYet);
+            }
+            steps += 1;
+            if self.table.settle_one(self.epoch, now) || (sweep && self.sweep_one(now)) {
+                continue;
+            }
+            let leaves = self.first_to_leave(key, &mut steps, now);
+            let leaves = leaves.cloned().ok_or(NoRoom::Full)?;
+            self.table.remove(&leaves);
         }
         Ok(())
     }
 
+    /// The first clean entry that may leave, but not the one at `key`. Counts those
+    /// that it passes over.
+    fn first_to_leave(&self, key: &GroupKey, steps: &mut usize, now: Instant) -> Option<&GroupKey> {
+        let candidates = self.table.clean().take(Self::MOST_PASSED_OVER);
+        candidates
+            .map(|(_, candidate)| candidate)
+            .find(|candidate| {
+                *steps += 1;
+                *candidate != key && !self.is_pending(candidate, now)
+            })
+    }
+
     fn over(&self, key: &GroupKey, cost: usize) -> bool {
-        let freed = self.by_key.get(key).map_or(0, |old| old.cost(key));
-        self.bytes - freed + cost > self.max_bytes
+        self.bytes() - self.table.cost_at(key) + cost > self.max_bytes
     }
 
     /// Whether a clean entry of this size fits without another one leaving.
     pub fn has_room_for(&self, key: &GroupKey, json_bytes: usize) -> bool {
-        !self.over(key, key.as_str().len() + json_bytes + Entry::OVERHEAD_BYTES)
+        let kept = self.bytes() - self.table.sums().dropped_bytes;
+        let freed = self.entry(key).map_or(0, |old| old.cost(key));
+        let cost = Entry::cost_of(key, json_bytes);
+        kept - freed + cost <= self.max_bytes
     }
 
-    /// Puts an entry in place of what is there.
-    fn put(&mut self, key: GroupKey, entry: Entry) {
-        self.remove(&key);
-        let cost = entry.cost(&key);
-        self.bytes += cost;
-        let order = match entry.standing {
-            Standing::Clean { .. } => &mut self.clean,
-            Standing::Dirty(_) => {
-                self.dirty_bytes += cost;
-                &mut self.dirty
-            }
-        };
-        order.insert((entry.expires, key.clone()));
-        self.by_key.insert(key, entry);
-    }
-
-    fn remove(&mut self, key: &GroupKey) {
-        self.remove_entry(key);
-    }
-
-    fn remove_entry(&mut self, key: &GroupKey) -> Option<Entry> {
-        let (key, entry) = self.by_key.remove_entry(key)?;
-        let cost = entry.cost(&key);
-        self.bytes -= cost;
-        let order = match entry.standing {
-            Standing::Clean { .. } => &mut self.clean,
-            Standing::Dirty(_) => {
-                self.dirty_bytes -= cost;
-                &mut self.dirty
-            }
-        };
-        order.remove(&(entry.expires, key));
-        Some(entry)
+    fn entry(&self, key: &GroupKey) -> Option<&Entry> {
+        self.table.get(key.as_str())
     }
 }
 

@@ -35,7 +35,11 @@ pub enum Standing {
         /// When it was learned.
         seen: Instant,
     },
-    Dirty(Box<Changed>),
+    Dirty {
+        changed: Box<Changed>,
+        /// Dropped when a later generation of changes has begun.
+        generation: u64,
+    },
 }
 
 /// What is known of a group in Redis that was changed here.
@@ -63,6 +67,28 @@ impl Changed {
         }
         self.maybe_in_redis.push(write_id.to_owned());
     }
+
+    /// Until when Redis may hold the group, which is deleted here or has expired
+    /// here at `expired`. None: it does not.
+    pub fn tombstone_expires(&self, expired: Instant, now: Instant) -> Option<Instant> {
+        let base_expires = self.base.map(|(_, expires)| expires);
+        let expires = if self.maybe_in_redis.is_empty() {
+            base_expires
+        } else {
+            // What may be in Redis got the time to live that it had here.
+            base_expires.max(Some(expired))
+        };
+        expires.filter(|expires| *expires > now)
+    }
+}
+
+// === impl Standing ===
+
+impl Standing {
+    /// Whether it is of a change that was made before this generation.
+    pub fn is_before(&self, current: u64) -> bool {
+        matches!(self, Self::Dirty { generation, .. } if *generation < current)
+    }
 }
 
 // === impl Entry ===
@@ -73,11 +99,27 @@ impl Entry {
     pub const OVERHEAD_BYTES: usize = 300;
 
     pub fn cost(&self, key: &GroupKey) -> usize {
-        key.as_str().len() + self.document_bytes() + Self::OVERHEAD_BYTES
+        Self::cost_of(key, self.document_bytes())
+    }
+
+    /// What an entry with a document of this size takes.
+    pub fn cost_of(key: &GroupKey, document_bytes: usize) -> usize {
+        key.as_str().len() + document_bytes + Self::OVERHEAD_BYTES
     }
 
     pub fn is_group(&self, now: Instant) -> bool {
         matches!(self.content, Content::Document(_)) && self.expires > now
+    }
+
+    /// When the tombstone expires that a changed group leaves which has expired
+    /// and was not yet swept. None: it leaves none.
+    pub fn leaves_tombstone(&self, now: Instant) -> Option<Instant> {
+        match (&self.standing, &self.content) {
+            (Standing::Dirty { changed, .. }, Content::Document(_)) if self.expires <= now => {
+                changed.tombstone_expires(self.expires, now)
+            }
+            _ => None,
+        }
     }
 
     /// Whether Redis, by what it has shown of a clean entry, holds a group.

@@ -7,10 +7,12 @@
 
 mod entries;
 mod entry;
+mod lock;
 
 use std::{
+    ops::ControlFlow,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -21,7 +23,13 @@ use bytes::Bytes;
 use futures::{StreamExt, stream};
 use tokio::time::Instant;
 
-use self::entries::Entries;
+#[cfg(feature = "lock-times")]
+pub use self::lock::times;
+use self::{
+    entries::{Entries, NoRoom, NotYet},
+    entry::Entry,
+    lock::{Guard, Litters, Lock},
+};
 pub use self::{
     entries::{Pending, Server, Shown, Ticket},
     entry::Changed,
@@ -34,6 +42,7 @@ use super::{
     page_token::PageToken,
 };
 use crate::{
+    document::Draft,
     group::{GroupKey, Time},
     version::{InstanceId, MemoryVersions, Version},
 };
@@ -48,8 +57,7 @@ pub struct MemoryStore {
 
 #[derive(Debug)]
 struct Shared {
-    /// A plain mutex: it is held for microseconds and never across an await.
-    held: Mutex<Held>,
+    held: Lock<Held>,
     /// Whether any entry may be pending: spares the lock where there is none.
     may_be_pending: AtomicBool,
     versions: MemoryVersions,
@@ -67,8 +75,11 @@ struct Held {
 /// What the store holds, in numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Groups, tombstones, and what has expired and was not yet swept.
-    pub entries: usize,
+    /// Groups. Of many that expire at once, some count until they are removed.
+    pub groups: usize,
+    /// Entries that hold no group: tombstones, and what is known of groups in
+    /// Redis of which a change was dropped.
+    pub traces: usize,
     /// Documents and overhead.
     pub bytes: usize,
     /// The most that `bytes` may be.
@@ -111,7 +122,7 @@ impl MemoryStore {
     fn open(max_bytes: usize, instance: InstanceId, takes_changes: bool) -> Self {
         Self {
             shared: Arc::new(Shared {
-                held: Mutex::new(Held {
+                held: Lock::new(Held {
                     entries: Entries::new(max_bytes, Instant::now()),
                     takes_changes,
                 }),
@@ -130,16 +141,24 @@ impl MemoryStore {
         loop {
             interval.tick().await;
             match shared.upgrade() {
-                Some(shared) => shared.lock().entries.sweep(Instant::now()),
+                Some(shared) => shared.sweep().await,
                 None => return,
             }
         }
     }
 
+    /// Removes what has expired.
+    pub async fn sweep(&self) {
+        self.shared.sweep().await;
+    }
+
     pub fn usage(&self) -> Usage {
-        let held = self.shared.lock();
+        let mut held = self.shared.lock();
+        // What has expired does not count, unless it is too much for one step.
+        let _ = held.entries.sweep(Instant::now());
         Usage {
-            entries: held.entries.len(),
+            groups: held.entries.groups(),
+            traces: held.entries.traces(),
             bytes: held.entries.bytes(),
             max_bytes: held.entries.max_bytes(),
             dirty: held.entries.dirty(),
@@ -181,14 +200,17 @@ impl MemoryStore {
         self.shared.may_be_pending.store(true, Ordering::SeqCst);
     }
 
-    /// Takes no more changes and drops those that were made: the number of
-    /// groups that were written or deleted.
+    /// Takes no more changes and drops those that were made, in one moment: the
+    /// number of groups that were written or deleted. Whoever calls has swept,
+    /// since what has expired does not count.
     pub fn step_back_and_discard(&self) -> usize {
-        let mut held = self.shared.lock();
-        held.takes_changes = false;
-        held.entries.begin_epoch(Server::Same);
-        self.shared.may_be_pending.store(false, Ordering::SeqCst);
-        held.entries.discard(Instant::now())
+        self.shared.in_steps(|held| {
+            let discarded = held.entries.discard(Instant::now())?;
+            held.takes_changes = false;
+            held.entries.begin_epoch(Server::Same);
+            self.shared.may_be_pending.store(false, Ordering::SeqCst);
+            Ok(discarded)
+        })
     }
 
     /// Takes no more changes; Redis has to be told of those that were made, and
@@ -235,9 +257,17 @@ impl MemoryStore {
 
     /// Takes in what Redis has answered to the call with this ticket. True if
     /// that is a group that was not known before.
-    pub fn learn(&self, key: &GroupKey, shown: Shown, ticket: Ticket) -> bool {
-        let mut held = self.shared.lock();
-        held.entries.learn(key, shown, ticket, Instant::now())
+    pub fn learn(&self, key: &GroupKey, mut shown: Shown, ticket: Ticket) -> bool {
+        loop {
+            let mut held = self.shared.lock();
+            match held.entries.learn(key, shown, ticket, Instant::now()) {
+                Ok(is_new) => return is_new,
+                Err(again) => {
+                    shown = again;
+                    held.hand_over();
+                }
+            }
+        }
     }
 
     /// Whether a document of this size fits without another one leaving.
@@ -273,16 +303,16 @@ impl MemoryStore {
         self.shared.lock().entries.pending(key, Instant::now())
     }
 
-    /// Some keys that Redis has to be told of, beyond `after`, and where to go
-    /// on unless these are the last. After a walk from the beginning has found
+    /// Some keys that Redis has to be told of, or none, beyond `after`, and where to
+    /// go on unless there is nothing more to look at. After a walk from the beginning has found
     /// none, and while Redis answers, there are none.
     pub fn pending_keys(
         &self,
         after: Option<&GroupKey>,
         most: usize,
     ) -> (Vec<GroupKey>, Option<GroupKey>) {
-        let held = self.shared.lock();
-        held.entries.pending_keys(after, most, Instant::now())
+        self.shared
+            .step(|held| held.entries.pending_keys(after, most, Instant::now()))
     }
 
     /// A walk over all keys has found none that is pending. `ticket` was drawn
@@ -381,13 +411,17 @@ impl DocumentStore for MemoryStore {
                     .map_err(|error| BACKEND.fails(error))?,
             ),
         };
-        Ok(BACKEND.answers(self.shared.page(prefix, page_size, after.as_ref())))
+        Ok(BACKEND.answers(self.shared.page(prefix, page_size, after).await))
     }
 
     async fn size(&self, prefix: &str, _: Deadline) -> Reply<u64> {
-        let held = self.shared.lock();
-        let count = held.entries.range(prefix, None, Instant::now()).count();
-        Ok(BACKEND.answers(count as u64))
+        let mut count = 0;
+        let visit = |_: &GroupKey, _: &Entry| {
+            count += 1;
+            ControlFlow::Continue(())
+        };
+        self.shared.walk(prefix, None, visit).await;
+        Ok(BACKEND.answers(count))
     }
 
     async fn read_all(&self, prefix: &str, _: Deadline) -> Reply<ReadAll> {
@@ -396,7 +430,7 @@ impl DocumentStore for MemoryStore {
             let Some((shared, prefix, after)) = state else {
                 return Ok::<_, Failure>(None);
             };
-            let (documents, last) = shared.batch(&prefix, after.as_ref());
+            let (documents, last) = shared.batch(&prefix, after).await;
             let batch = DocumentBatch {
                 documents,
                 problems: Vec::new(),
@@ -437,36 +471,118 @@ impl Shown {
     }
 }
 
+// === impl Held ===
+
+impl Litters for Held {
+    type Litter = Vec<Bytes>;
+
+    fn take_litter(&mut self) -> Vec<Bytes> {
+        self.entries.take_removed()
+    }
+}
+
 // === impl Shared ===
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Held> {
-        // Every change below is complete before anything that could panic.
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> Guard<'_, Held> {
+        self.held.lock()
+    }
+
+    /// Does something in as many steps as it takes.
+    fn in_steps<T>(&self, mut step: impl FnMut(&mut Held) -> Result<T, NotYet>) -> T {
+        loop {
+            let mut held = self.lock();
+            match step(&mut held) {
+                Ok(result) => return result,
+                Err(NotYet) => held.hand_over(),
+            }
+        }
+    }
+
+    /// Does one step of something that takes several.
+    fn step<T>(&self, step: impl FnOnce(&mut Held) -> T) -> T {
+        let mut held = self.lock();
+        let result = step(&mut held);
+        held.hand_over();
+        result
+    }
+
+    /// Removes what has expired, in steps.
+    async fn sweep(&self) {
+        while self.step(|held| held.entries.sweep(Instant::now())) == Err(NotYet) {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Shows groups whose key begins with `prefix` to `visit`, in order and
+    /// beyond `after`, until it breaks off. It takes steps, and others change
+    /// groups between them.
+    async fn walk(
+        &self,
+        prefix: &str,
+        mut after: Option<GroupKey>,
+        mut visit: impl FnMut(&GroupKey, &Entry) -> ControlFlow<()>,
+    ) {
+        let mut breaks_off = false;
+        loop {
+            let visit = |key: &GroupKey, entry: &Entry| {
+                let flow = visit(key, entry);
+                breaks_off = flow.is_break();
+                flow
+            };
+            let now = Instant::now();
+            let next = self.step(|held| held.entries.walk(prefix, after.as_ref(), now, visit));
+            if breaks_off || next.is_none() {
+                return;
+            }
+            after = next;
+            tokio::task::yield_now().await;
+        }
     }
 
     fn change(&self, write: &Write, maybe_in_redis: bool) -> Result<WriteOutcome, Refused> {
         let key = write.head.key();
-        let now = Instant::now();
-        let mut held = self.lock();
-        if !held.takes_changes {
-            return Err(Refused::SwitchedBack);
+        // A large document is copied before the lock is taken.
+        let draft = write.head.draft(&write.write_id);
+        loop {
+            let now = Instant::now();
+            let mut held = self.lock();
+            if !held.takes_changes {
+                return Err(Refused::SwitchedBack);
+            }
+            let found = held.entries.get(key.as_str(), now);
+            let holds = match write.condition {
+                Condition::Any => true,
+                Condition::Absent => found.is_none(),
+                Condition::Version(version) => found.is_some_and(|entry| entry.version == version),
+            };
+            if !holds {
+                return Ok(WriteOutcome::Conflict {
+                    current: found.map(|entry| StoredDocument {
+                        document: entry.document(key),
+                        expires: None,
+                    }),
+                });
+            }
+            match held.entries.make_room_for(key, draft.bytes(), now) {
+                Ok(()) => return self.change_now(&mut held, write, draft, maybe_in_redis, now),
+                Err(NoRoom::Full) => return Err(full(&held)),
+                Err(NoRoom::NotYet) => held.hand_over(),
+            }
         }
-        let found = held.entries.get(key.as_str(), now);
-        let holds = match write.condition {
-            Condition::Any => true,
-            Condition::Absent => found.is_none(),
-            Condition::Version(version) => found.is_some_and(|entry| entry.version == version),
-        };
-        if !holds {
-            return Ok(WriteOutcome::Conflict {
-                current: found.map(|entry| StoredDocument {
-                    document: entry.document(key),
-                    expires: None,
-                }),
-            });
-        }
+    }
 
+    /// Makes a change of which the condition holds.
+    fn change_now(
+        &self,
+        held: &mut Held,
+        write: &Write,
+        draft: Draft,
+        maybe_in_redis: bool,
+        now: Instant,
+    ) -> Result<WriteOutcome, Refused> {
+        let key = write.head.key();
+        let found = held.entries.get(key.as_str(), now);
         let previous = found.map(|entry| entry.version);
         let kept = found.and_then(|entry| held.entries.expiry_of(entry));
         let expires = match (write.expiry, kept) {
@@ -480,70 +596,74 @@ impl Shared {
                 let previous = previous.map_or_else(String::new, |version| version.to_string());
                 Refused::Error(StoreError::VersionOutOfRange(previous))
             })?;
-        let document = write.head.finish(&write.write_id, version);
+        let document = (draft.finish(version), version);
         let maybe_in_redis = maybe_in_redis.then_some(write.write_id.as_str());
         held.entries
-            .change(key, (document.json, version), expires, maybe_in_redis, now)
-            .map_err(|full| {
-                Refused::Error(StoreError::MemoryFull {
-                    limit: full.max_bytes,
-                })
-            })?;
+            .change(key, document, expires, maybe_in_redis, now)
+            .map_err(|_| full(held))?;
         Ok(WriteOutcome::Written(Written {
             version,
             expires: in_wall_clock_time(expires, now),
         }))
     }
 
-    fn page(&self, prefix: &str, page_size: usize, after: Option<&GroupKey>) -> KeyPage {
-        let held = self.lock();
-        let mut rest = held.entries.range(prefix, after, Instant::now()).peekable();
+    async fn page(&self, prefix: &str, page_size: usize, after: Option<GroupKey>) -> KeyPage {
         let mut keys: Vec<GroupKey> = Vec::new();
         let mut bytes = 0;
-        while keys.len() < page_size
-            && bytes < MemoryStore::PAGE_BYTES
-            && let Some((key, _)) = rest.next()
-        {
+        let mut more = false;
+        let visit = |key: &GroupKey, _: &Entry| {
+            if keys.len() >= page_size || bytes >= MemoryStore::PAGE_BYTES {
+                more = true;
+                return ControlFlow::Break(());
+            }
             bytes += key.as_str().len();
             keys.push(key.clone());
-        }
-        let next = match (rest.peek(), keys.last()) {
-            (Some(_), Some(last)) => Some(
-                PageToken {
-                    backend: BACKEND,
-                    server: self.instance.as_str().to_owned(),
-                    cursor: last.to_string(),
-                    prefix: prefix.to_owned(),
-                }
-                .encode(),
-            ),
-            _ => None,
+            ControlFlow::Continue(())
         };
+        self.walk(prefix, after, visit).await;
+        let next = keys.last().filter(|_| more).map(|last| {
+            PageToken {
+                backend: BACKEND,
+                server: self.instance.as_str().to_owned(),
+                cursor: last.to_string(),
+                prefix: prefix.to_owned(),
+            }
+            .encode()
+        });
         KeyPage { keys, next }
     }
 
     /// Some documents after `after`, and the last key of them unless they are
     /// the last.
-    fn batch(
+    async fn batch(
         &self,
         prefix: &str,
-        after: Option<&GroupKey>,
+        after: Option<GroupKey>,
     ) -> (Vec<StoredDocument>, Option<GroupKey>) {
-        let held = self.lock();
         let mut documents = Vec::new();
         let mut bytes = 0;
-        for (key, entry) in held.entries.range(prefix, after, Instant::now()) {
+        let mut last = None;
+        let visit = |key: &GroupKey, entry: &Entry| {
             bytes += entry.document_bytes();
             documents.push(StoredDocument {
                 document: entry.document(key),
                 expires: None,
             });
-            if bytes >= MemoryStore::BATCH_BYTES {
-                return (documents, Some(key.clone()));
+            if bytes < MemoryStore::BATCH_BYTES {
+                return ControlFlow::Continue(());
             }
-        }
-        (documents, None)
+            last = Some(key.clone());
+            ControlFlow::Break(())
+        };
+        self.walk(prefix, after, visit).await;
+        (documents, last)
     }
+}
+
+fn full(held: &Held) -> Refused {
+    Refused::Error(StoreError::MemoryFull {
+        limit: held.entries.max_bytes(),
+    })
 }
 
 fn reply<T>(result: Result<T, Refused>) -> Reply<T> {
@@ -608,11 +728,11 @@ mod tests {
         tokio::spawn(store.clone().sweep_forever());
         write(&store, "a", Duration::from_secs(1)).await.unwrap();
         write(&store, "b", Duration::from_secs(5)).await.unwrap();
-        assert_eq!(store.usage().entries, 2);
+        assert_eq!(store.usage().groups, 2);
         tokio::time::sleep(Duration::from_secs(2)).await;
-        assert_eq!(store.usage().entries, 1);
+        assert_eq!(store.usage().groups, 1);
         tokio::time::sleep(Duration::from_secs(4)).await;
-        assert_eq!((store.usage().entries, store.usage().bytes), (0, 0));
+        assert_eq!((store.usage().groups, store.usage().bytes), (0, 0));
     }
 
     #[tokio::test(start_paused = true)]
@@ -625,12 +745,12 @@ mod tests {
             full.unwrap_err().error,
             StoreError::MemoryFull { limit: 1_000 }
         );
-        assert_eq!(store.usage().entries, 2);
+        assert_eq!(store.usage().groups, 2);
         write(&store, "a", Duration::from_secs(1)).await.unwrap();
         // Room that an expired group holds is used before anything is refused.
         tokio::time::advance(Duration::from_secs(2)).await;
         write(&store, "c", Duration::from_secs(9)).await.unwrap();
-        assert_eq!(store.usage().entries, 2);
+        assert_eq!(store.usage().groups, 2);
     }
 
     #[tokio::test]
@@ -641,6 +761,79 @@ mod tests {
         }
         let key = GroupKey::new("a").unwrap();
         store.remove(&key, None, Deadline::NONE).await.unwrap();
-        assert_eq!((store.usage().entries, store.usage().bytes), (0, 0));
+        assert_eq!((store.usage().groups, store.usage().bytes), (0, 0));
+    }
+
+    /// Many groups: more than one step looks at.
+    const MANY: usize = 5_000;
+
+    async fn store_of_many() -> MemoryStore {
+        let store = store(1 << 30);
+        for n in 0..MANY {
+            let ttl = Duration::from_secs(9);
+            write(&store, &format!("{n:05}"), ttl).await.unwrap();
+        }
+        store
+    }
+
+    #[tokio::test]
+    async fn others_change_groups_while_many_are_counted() {
+        let store = store_of_many().await;
+        let mut size = std::pin::pin!(store.size("", Deadline::NONE));
+        assert!(
+            futures::poll!(size.as_mut()).is_pending(),
+            "it must give way"
+        );
+        let ttl = Duration::from_secs(9);
+        write(&store, "zz", ttl).await.unwrap();
+        assert_eq!(size.await.unwrap().value, MANY as u64 + 1);
+    }
+
+    #[tokio::test]
+    async fn others_change_groups_while_many_are_listed() {
+        let store = store_of_many().await;
+        let mut page = std::pin::pin!(store.list_keys("", MANY, None, Deadline::NONE));
+        assert!(
+            futures::poll!(page.as_mut()).is_pending(),
+            "it must give way"
+        );
+        let page = page.await.unwrap().value;
+        assert_eq!((page.keys.len(), page.next), (MANY, None));
+        let mut all = store.read_all("", Deadline::NONE).await.unwrap().value;
+        let mut next = all.batches.next();
+        assert!(futures::poll!(&mut next).is_pending(), "it must give way");
+        let mut documents = next.await.unwrap().unwrap().documents.len();
+        while let Some(batch) = all.batches.next().await {
+            documents += batch.unwrap().documents.len();
+        }
+        assert_eq!(documents, MANY);
+    }
+
+    /// What was taken in before is dropped, what comes after is refused.
+    #[tokio::test]
+    async fn a_discard_beside_writers_counts_every_group_that_was_taken() {
+        let store = store_of_many().await;
+        let writer = std::thread::spawn({
+            let store = store.clone();
+            move || {
+                let writes = (0..).map(|n| Write {
+                    head: head(&format!("w{n}")),
+                    condition: Condition::Any,
+                    expiry: Expiry::After(Duration::from_secs(9)),
+                    write_id: "i-1".into(),
+                    newer_than: None,
+                });
+                let taken = writes.take_while(|write| store.change(write, false).is_ok());
+                taken.count()
+            }
+        });
+        while store.usage().groups < MANY + 100 {
+            tokio::task::yield_now().await;
+        }
+        let discarded = store.step_back_and_discard();
+        assert_eq!(store.usage().groups, 0);
+        assert_eq!(discarded, MANY + writer.join().unwrap());
+        store.sweep().await;
+        assert_eq!(store.usage().bytes, 0);
     }
 }

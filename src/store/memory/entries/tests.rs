@@ -29,6 +29,22 @@ fn entries(max_bytes: usize) -> (Entries, Instant) {
     (Entries::new(max_bytes, now), now)
 }
 
+/// Takes in what Redis shows, in as many steps as it takes.
+fn learn(entries: &mut Entries, key: &GroupKey, mut shown: Shown, ticket: Ticket, now: Instant) {
+    while let Err(again) = entries.learn(key, shown, ticket, now) {
+        shown = again;
+    }
+}
+
+/// Removes all that has expired or was dropped.
+fn sweep(entries: &mut Entries, now: Instant) {
+    while entries.sweep(now) == Err(NotYet) {}
+}
+
+fn len(entries: &Entries) -> usize {
+    entries.groups() + entries.traces()
+}
+
 fn version_at(entries: &Entries, name: &str, now: Instant) -> Option<i64> {
     entries.get(name, now).map(|entry| entry.version.get())
 }
@@ -37,23 +53,23 @@ fn version_at(entries: &Entries, name: &str, now: Instant) -> Option<i64> {
 fn within_an_epoch_an_older_version_does_not_replace_a_newer_one() {
     let (mut entries, now) = entries(1 << 20);
     let ticket = entries.ticket(now);
-    entries.learn(&key("k"), shown(32, None), ticket, now);
-    entries.learn(&key("k"), shown(16, None), ticket, now);
+    learn(&mut entries, &key("k"), shown(32, None), ticket, now);
+    learn(&mut entries, &key("k"), shown(16, None), ticket, now);
     assert_eq!(version_at(&entries, "k", now), Some(32));
     entries.begin_epoch(Server::Same);
     let late = ticket;
     let ticket = entries.ticket(now);
-    entries.learn(&key("k"), shown(16, None), ticket, now);
+    learn(&mut entries, &key("k"), shown(16, None), ticket, now);
     assert_eq!(
         version_at(&entries, "k", now),
         Some(16),
         "in a new epoch the first answer counts"
     );
     // An answer of the epoch before.
-    entries.learn(&key("k"), shown(8, None), late, now);
-    entries.learn(&key("k"), Shown::Absent, late, now + SECOND);
+    learn(&mut entries, &key("k"), shown(8, None), late, now);
+    learn(&mut entries, &key("k"), Shown::Absent, late, now + SECOND);
     assert_eq!(version_at(&entries, "k", now), Some(16));
-    entries.learn(&key("k"), shown(48, None), late, now);
+    learn(&mut entries, &key("k"), shown(48, None), late, now);
     assert_eq!(version_at(&entries, "k", now), Some(48));
 }
 
@@ -62,7 +78,7 @@ fn an_answer_of_a_server_that_has_lost_its_data_is_unsure() {
     let (mut entries, now) = entries(1 << 20);
     let late = entries.ticket(now);
     entries.begin_epoch(Server::LostData);
-    entries.learn(&key("k"), shown(16, None), late, now);
+    learn(&mut entries, &key("k"), shown(16, None), late, now);
     assert!(entries.is_pending(&key("k"), now));
 }
 
@@ -71,15 +87,15 @@ fn an_answer_of_a_server_that_has_lost_its_data_is_unsure() {
 fn what_redis_may_have_lost_is_not_replaced_by_less_before_it_was_offered() {
     let (mut entries, now) = entries(1 << 20);
     let before = entries.ticket(now);
-    entries.learn(&key("k"), shown(32, None), before, now);
+    learn(&mut entries, &key("k"), shown(32, None), before, now);
     entries.begin_epoch(Server::LostData);
     let ticket = entries.ticket(now + SECOND);
-    entries.learn(&key("k"), shown(16, None), ticket, now);
-    entries.learn(&key("k"), Shown::Absent, ticket, now);
+    learn(&mut entries, &key("k"), shown(16, None), ticket, now);
+    learn(&mut entries, &key("k"), Shown::Absent, ticket, now);
     assert_eq!(version_at(&entries, "k", now), Some(32));
     assert!(entries.is_pending(&key("k"), now));
     // One that is newer was written since.
-    entries.learn(&key("k"), shown(48, None), ticket, now);
+    learn(&mut entries, &key("k"), shown(48, None), ticket, now);
     assert_eq!(version_at(&entries, "k", now), Some(48));
     assert!(!entries.is_pending(&key("k"), now));
 }
@@ -89,7 +105,7 @@ fn what_redis_may_have_lost_is_not_replaced_by_less_before_it_was_offered() {
 fn what_was_put_back_contradicts_an_answer_of_the_epoch_before() {
     let (mut entries, now) = entries(1 << 20);
     let before = entries.ticket(now);
-    entries.learn(&key("k"), shown(32, None), before, now);
+    learn(&mut entries, &key("k"), shown(32, None), before, now);
     entries.begin_epoch(Server::LostData);
     let later = now + SECOND;
     let ticket = entries.ticket(now);
@@ -102,11 +118,17 @@ fn what_was_put_back_contradicts_an_answer_of_the_epoch_before() {
 fn a_late_answer_does_not_bring_back_what_was_deleted() {
     let (mut entries, now) = entries(1 << 20);
     let ticket = entries.ticket(now);
-    entries.learn(&key("k"), shown(16, None), ticket, now);
-    entries.learn(&key("k"), Shown::Deleted(version(16)), ticket, now);
-    entries.learn(&key("k"), shown(16, None), ticket, now);
+    learn(&mut entries, &key("k"), shown(16, None), ticket, now);
+    learn(
+        &mut entries,
+        &key("k"),
+        Shown::Deleted(version(16)),
+        ticket,
+        now,
+    );
+    learn(&mut entries, &key("k"), shown(16, None), ticket, now);
     assert_eq!(version_at(&entries, "k", now), None);
-    entries.learn(&key("k"), shown(32, None), ticket, now);
+    learn(&mut entries, &key("k"), shown(32, None), ticket, now);
     assert_eq!(
         version_at(&entries, "k", now),
         Some(32),
@@ -119,14 +141,20 @@ fn an_absence_counts_only_for_what_was_learned_before_the_call() {
     let (mut entries, now) = entries(1 << 20);
     let early = entries.ticket(now);
     let later = now + SECOND;
-    entries.learn(&key("k"), shown(16, None), early, later);
-    entries.learn(&key("k"), Shown::Absent, early, later);
+    learn(&mut entries, &key("k"), shown(16, None), early, later);
+    learn(&mut entries, &key("k"), Shown::Absent, early, later);
     assert_eq!(version_at(&entries, "k", later), Some(16));
     let ticket = entries.ticket(later + SECOND);
     let contradicts = |shown| entries.contradicts(&key("k"), shown, ticket, later + SECOND);
     assert!(contradicts(None) && contradicts(Some(version(15))));
     assert!(!contradicts(Some(version(16))));
-    entries.learn(&key("k"), Shown::Absent, ticket, later + SECOND);
+    learn(
+        &mut entries,
+        &key("k"),
+        Shown::Absent,
+        ticket,
+        later + SECOND,
+    );
     assert_eq!(version_at(&entries, "k", later), None);
 }
 
@@ -138,7 +166,7 @@ fn what_was_changed_here_is_not_replaced_by_what_redis_shows() {
     entries
         .change(&key("k"), document(8), expires, None, now)
         .unwrap();
-    entries.learn(&key("k"), shown(16, None), ticket, now);
+    learn(&mut entries, &key("k"), shown(16, None), ticket, now);
     assert_eq!(version_at(&entries, "k", now), Some(8));
 }
 
@@ -146,7 +174,13 @@ fn what_was_changed_here_is_not_replaced_by_what_redis_shows() {
 fn a_change_remembers_what_it_changed_and_what_may_be_in_redis() {
     let (mut entries, now) = entries(1 << 20);
     let ticket = entries.ticket(now);
-    entries.learn(&key("k"), shown(16, Some(SECOND * 9)), ticket, now);
+    learn(
+        &mut entries,
+        &key("k"),
+        shown(16, Some(SECOND * 9)),
+        ticket,
+        now,
+    );
     let expires = now + SECOND;
     for (n, id) in [(24, Some("a")), (25, None), (26, Some("b"))] {
         entries
@@ -202,32 +236,44 @@ fn a_change_that_was_changed_again_is_not_written_to_redis() {
 fn a_tombstone_lasts_as_long_as_redis_may_hold_the_group() {
     let (mut entries, now) = entries(1 << 20);
     let ticket = entries.ticket(now);
-    entries.learn(&key("k"), shown(16, Some(SECOND * 9)), ticket, now);
+    learn(
+        &mut entries,
+        &key("k"),
+        shown(16, Some(SECOND * 9)),
+        ticket,
+        now,
+    );
     entries.delete(&key("k"), now);
     assert!(matches!(
         entries.pending(&key("k"), now),
         Some(Pending::Changed { document: None, left, .. }) if left == SECOND * 9
     ));
-    entries.sweep(now + SECOND * 9);
-    assert_eq!((entries.len(), entries.bytes()), (0, 0));
+    sweep(&mut entries, now + SECOND * 9);
+    assert_eq!((len(&entries), entries.bytes()), (0, 0));
     // Redis has never seen this one.
     let expires = now + SECOND;
     entries
         .change(&key("k"), document(8), expires, None, now)
         .unwrap();
     entries.delete(&key("k"), now);
-    assert_eq!((entries.len(), entries.bytes()), (0, 0));
+    assert_eq!((len(&entries), entries.bytes()), (0, 0));
 }
 
 #[test]
 fn a_delete_after_a_discard_knows_that_redis_holds_the_group() {
     let (mut entries, now) = entries(1 << 20);
     let ticket = entries.ticket(now);
-    entries.learn(&key("k"), shown(16, Some(SECOND * 9)), ticket, now);
+    learn(
+        &mut entries,
+        &key("k"),
+        shown(16, Some(SECOND * 9)),
+        ticket,
+        now,
+    );
     let expires = now + SECOND;
     let changed = entries.change(&key("k"), document(8), expires, None, now);
     changed.unwrap();
-    assert_eq!(entries.discard(now), 1);
+    assert_eq!(entries.discard(now), Ok(1));
     assert_eq!(
         version_at(&entries, "k", now),
         None,
@@ -236,10 +282,20 @@ fn a_delete_after_a_discard_knows_that_redis_holds_the_group() {
     let changed = entries.change(&key("k"), document(9), expires, None, now);
     changed.unwrap();
     entries.delete(&key("k"), now);
-    assert_eq!(entries.discard(now), 1, "the delete of what Redis holds");
+    assert_eq!(
+        entries.discard(now),
+        Ok(1),
+        "the delete of what Redis holds"
+    );
     // And what Redis shows takes its place.
     let ticket = entries.ticket(now);
-    entries.learn(&key("k"), shown(16, Some(SECOND * 9)), ticket, now);
+    learn(
+        &mut entries,
+        &key("k"),
+        shown(16, Some(SECOND * 9)),
+        ticket,
+        now,
+    );
     assert_eq!(version_at(&entries, "k", now), Some(16));
 }
 
@@ -247,15 +303,150 @@ fn a_delete_after_a_discard_knows_that_redis_holds_the_group() {
 fn only_what_redis_may_have_lost_is_unsure() {
     let (mut entries, now) = entries(1 << 20);
     let ticket = entries.ticket(now);
-    entries.learn(&key("old"), shown(16, None), ticket, now);
+    learn(&mut entries, &key("old"), shown(16, None), ticket, now);
     entries.begin_epoch(Server::LostData);
     let ticket = entries.ticket(now);
-    entries.learn(&key("new"), shown(16, None), ticket, now);
+    learn(&mut entries, &key("new"), shown(16, None), ticket, now);
     let (keys, next) = entries.pending_keys(None, 10, now);
     assert_eq!((keys, next), (vec![key("old")], None));
     entries.offered(&key("old"), version(16), true, now);
     assert!(!entries.is_pending(&key("old"), now));
     assert_eq!(version_at(&entries, "old", now), Some(16));
+}
+
+#[test]
+fn a_discard_drops_everything_at_once_and_removes_it_in_steps() {
+    let (mut entries, now) = entries(1 << 20);
+    let many = Entries::STEP.removes * 3;
+    for n in 0..many {
+        let key = key(&n.to_string());
+        entries
+            .change(&key, document(8), now + SECOND, None, now)
+            .unwrap();
+    }
+    let bytes = entries.bytes();
+    assert_eq!(entries.discard(now), Ok(many));
+    assert_eq!((entries.dirty(), entries.dirty_bytes()), (0, 0));
+    assert_eq!((entries.groups(), entries.traces()), (0, 0));
+    assert_eq!(version_at(&entries, "0", now), None);
+    assert_eq!(
+        entries.bytes(),
+        bytes,
+        "the memory is taken until it is given back"
+    );
+    // And is as good as free.
+    assert!(entries.has_room_for(&key("new"), (1 << 20) - 1_000));
+    entries
+        .change(&key("0"), document(9), now + SECOND, None, now)
+        .unwrap();
+    for _ in 0..3 {
+        assert_eq!(entries.sweep(now), Err(NotYet));
+    }
+    assert_eq!(entries.sweep(now), Ok(()));
+    assert_eq!(version_at(&entries, "0", now), Some(9));
+    assert_eq!((len(&entries), entries.discard(now)), (1, Ok(1)));
+}
+
+#[test]
+fn of_many_that_expire_at_once_a_step_removes_some() {
+    let (mut entries, now) = entries(1 << 20);
+    let ticket = entries.ticket(now);
+    let most = Entries::STEP.removes;
+    for n in 0..2 * most {
+        let key = key(&n.to_string());
+        learn(&mut entries, &key, shown(16, Some(SECOND)), ticket, now);
+    }
+    let now = now + SECOND;
+    assert_eq!(entries.sweep(now), Err(NotYet));
+    assert_eq!(len(&entries), most);
+    assert_eq!(
+        entries.discard(now),
+        Err(NotYet),
+        "they count as gone first"
+    );
+    assert_eq!(entries.sweep(now), Ok(()));
+    assert_eq!(len(&entries), 0);
+}
+
+#[test]
+fn a_walk_past_many_that_are_no_groups_takes_steps() {
+    let (mut entries, now) = entries(1 << 20);
+    let ticket = entries.ticket(now);
+    let most = Entries::STEP.looks_at;
+    for n in 0..2 * most {
+        let key = key(&format!("{n:05}"));
+        learn(&mut entries, &key, shown(16, Some(SECOND)), ticket, now);
+    }
+    let now = now + SECOND;
+    let last = key(&format!("{:05}", most - 1));
+    let nothing = |_: &GroupKey, _: &Entry| panic!("it has expired");
+    let next = entries.walk("", None, now, nothing);
+    assert_eq!(next, Some(last.clone()));
+    assert_eq!(entries.pending_keys(None, 1, now), (vec![], next));
+    assert!(entries.walk("", Some(&last), now, nothing).is_some());
+}
+
+#[test]
+fn room_for_a_large_group_among_small_ones_is_made_in_steps() {
+    let small = Entries::STEP.removes * 3;
+    let (mut entries, now) = entries(small * 320);
+    let ticket = entries.ticket(now);
+    for n in 0..small {
+        let key = key(&n.to_string());
+        learn(&mut entries, &key, shown(16, Some(SECOND)), ticket, now);
+    }
+    let large = Bytes::from(vec![b' '; small * 300]);
+    let document = (large.clone(), version(8));
+    let expires = now + SECOND;
+    let changed = entries.change(&key("k"), document.clone(), expires, None, now);
+    assert_eq!(changed, Err(NoRoom::NotYet));
+    let removed = small - len(&entries);
+    assert!((1..=Entries::STEP.removes).contains(&removed), "{removed}");
+    let shown = Shown::Document {
+        json: large,
+        version: version(16),
+        left: None,
+    };
+    let again = entries.learn(&key("l"), shown, ticket, now);
+    let Err(Shown::Document { json, .. }) = again else {
+        panic!("it needs as much room: {again:?}");
+    };
+    assert_eq!(json.len(), small * 300);
+    while entries.change(&key("k"), document.clone(), expires, None, now) == Err(NoRoom::NotYet) {}
+    assert_eq!(version_at(&entries, "k", now), Some(8));
+}
+
+/// Until it is swept, too: a walk over all keys that finds none must not be
+/// followed by one that has to be told after all.
+#[test]
+fn a_change_that_has_expired_is_a_delete_of_what_redis_holds() {
+    let (mut entries, now) = entries(1 << 20);
+    let ticket = entries.ticket(now);
+    learn(
+        &mut entries,
+        &key("k"),
+        shown(16, Some(SECOND * 9)),
+        ticket,
+        now,
+    );
+    entries
+        .change(&key("k"), document(8), now + SECOND, None, now)
+        .unwrap();
+    let now = now + SECOND;
+    for swept in [false, true] {
+        if swept {
+            sweep(&mut entries, now);
+        }
+        assert!(entries.is_pending(&key("k"), now), "swept: {swept}");
+        assert!(
+            matches!(
+                entries.pending(&key("k"), now),
+                Some(Pending::Changed { document: None, left, .. }) if left == SECOND * 8
+            ),
+            "swept: {swept}"
+        );
+        assert_eq!(entries.pending_keys(None, 9, now).0, [key("k")]);
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -298,6 +489,7 @@ proptest! {
     ) {
         let start = Instant::now();
         let mut entries = Entries::new(4 * (Entry::OVERHEAD_BYTES + 4), start);
+        entries.step = Step { looks_at: 2, removes: 1 };
         let mut now = start;
         let mut ours = std::collections::HashMap::new();
         for (event, pause) in events {
@@ -306,17 +498,23 @@ proptest! {
             let ticket = entries.ticket(now);
             match event {
                 Event::Learn(k, v, l) => {
-                    entries.learn(&key(&k.to_string()), shown(v, Some(SECOND * l as u32)), ticket, now);
+                    learn(&mut entries, &key(&k.to_string()), shown(v, Some(SECOND * l as u32)), ticket, now);
                 }
                 Event::Absent(k) => {
-                    entries.learn(&key(&k.to_string()), Shown::Absent, ticket, now);
+                    learn(&mut entries, &key(&k.to_string()), Shown::Absent, ticket, now);
                 }
                 Event::Deleted(k, v) => {
-                    entries.learn(&key(&k.to_string()), Shown::Deleted(version(v)), ticket, now);
+                    learn(&mut entries, &key(&k.to_string()), Shown::Deleted(version(v)), ticket, now);
                 }
                 Event::Change(k, v, l) => {
                     let expires = now + SECOND * l as u32;
-                    let changed = entries.change(&key(&k.to_string()), document(v), expires, None, now);
+                    let key = key(&k.to_string());
+                    let changed = loop {
+                        match entries.change(&key, document(v), expires, None, now) {
+                            Err(NoRoom::NotYet) => {}
+                            changed => break changed,
+                        }
+                    };
                     if changed.is_ok() {
                         ours.insert(k, (v, expires));
                     }
@@ -327,7 +525,7 @@ proptest! {
                 }
                 Event::Epoch => entries.begin_epoch(Server::Restarted),
                 Event::Discard => {
-                    entries.discard(now);
+                    while entries.discard(now) == Err(NotYet) {}
                     ours.clear();
                 }
                 Event::Carried(k) => {
@@ -337,18 +535,111 @@ proptest! {
                         ours.remove(&k);
                     }
                 }
-                Event::Sweep => entries.sweep(now),
+                Event::Sweep => {
+                    let _ = entries.sweep(now);
+                }
             }
             for (k, (v, _)) in &ours {
                 prop_assert_eq!(version_at(&entries, &k.to_string(), now), Some(*v));
             }
-            prop_assert!(entries.bytes <= entries.max_bytes);
-            let sum: usize = entries.by_key.iter().map(|(key, entry)| entry.cost(key)).sum();
-            prop_assert_eq!(sum, entries.bytes);
-            let dirty = entries.by_key.iter().filter(|(_, entry)| matches!(entry.standing, Standing::Dirty(_)));
-            let sum: usize = dirty.map(|(key, entry)| entry.cost(key)).sum();
-            prop_assert_eq!(sum, entries.dirty_bytes);
-            prop_assert_eq!(entries.clean.len() + entries.dirty.len(), entries.by_key.len());
+            prop_assert!(entries.bytes() <= entries.max_bytes);
+            entries.table.check();
         }
     }
+
+    /// Nobody can tell whether what has expired or was dropped is removed in the
+    /// same moment or in steps of one.
+    #[test]
+    fn what_is_gone_is_gone_before_it_is_removed(
+        events in prop::collection::vec((event(), 0u64..3), 1..200),
+    ) {
+        let start = Instant::now();
+        let mut at_once = Entries::new(1 << 20, start);
+        let mut in_steps = Entries::new(1 << 20, start);
+        in_steps.step = Step { looks_at: 2, removes: 1 };
+        let mut now = start;
+        for (event, pause) in events {
+            now += SECOND * pause as u32;
+            sweep(&mut at_once, now);
+            let both = [&mut at_once, &mut in_steps].map(|entries| {
+                let ticket = entries.ticket(now);
+                match event {
+                    Event::Learn(k, v, l) => {
+                        let shown = shown(v, Some(SECOND * l as u32));
+                        learn(entries, &key(&k.to_string()), shown, ticket, now);
+                    }
+                    Event::Absent(k) => {
+                        learn(entries, &key(&k.to_string()), Shown::Absent, ticket, now);
+                    }
+                    Event::Deleted(k, v) => {
+                        let shown = Shown::Deleted(version(v));
+                        learn(entries, &key(&k.to_string()), shown, ticket, now);
+                    }
+                    Event::Change(k, v, l) => {
+                        let expires = now + SECOND * l as u32;
+                        let key = key(&k.to_string());
+                        let id = (v % 5 == 0).then_some("a");
+                        entries.change(&key, document(v), expires, id, now).unwrap();
+                    }
+                    Event::Delete(k) => entries.delete(&key(&k.to_string()), now),
+                    Event::Epoch => entries.begin_epoch(Server::Restarted),
+                    Event::Discard => loop {
+                        if let Ok(discarded) = entries.discard(now) {
+                            return Some(discarded);
+                        }
+                    },
+                    Event::Carried(k) => {
+                        let key = key(&k.to_string());
+                        if let Some(Pending::Changed { changed, .. }) = entries.pending(&key, now) {
+                            entries.carried(&key, changed.change, Shown::Absent, now);
+                        }
+                    }
+                    Event::Sweep => {
+                        let _ = entries.sweep(now);
+                    }
+                }
+                None
+            });
+            prop_assert_eq!(both[0], both[1], "as many are dropped");
+            sweep(&mut at_once, now);
+            prop_assert_eq!(seen(&at_once, now), seen(&in_steps, now));
+            in_steps.table.check();
+        }
+    }
+}
+
+/// Everything that can be seen of the keys of [`event`].
+fn seen(entries: &Entries, now: Instant) -> Vec<String> {
+    let mut listed = Vec::new();
+    let mut after = None;
+    loop {
+        after = entries.walk("", after.as_ref(), now, |key, _| {
+            listed.push(key.clone());
+            ControlFlow::Continue(())
+        });
+        if after.is_none() {
+            break;
+        }
+    }
+    let mut pending = Vec::new();
+    loop {
+        let (keys, next) = entries.pending_keys(after.as_ref(), 1, now);
+        pending.extend(keys);
+        after = next;
+        if after.is_none() {
+            break;
+        }
+    }
+    let of_key = |k: u8| {
+        let key = key(&k.to_string());
+        format!(
+            "{k}: {:?}, known {:?}, pending {} {:?}",
+            version_at(entries, key.as_str(), now),
+            entries.known_version(&key, now),
+            entries.is_pending(&key, now),
+            entries.pending(&key, now),
+        )
+    };
+    let lists = [format!("listed {listed:?}, pending {pending:?}")];
+    lists.into_iter().chain((0..6).map(of_key)).collect()
 }
