@@ -372,7 +372,7 @@ impl Watch {
     /// Does what calls do to groups, on every server: an error if our user has not all
     /// the rights for it. Without them the switch would close and open again.
     async fn use_all_rights(&self) -> Result<(), NotDone> {
-        let name = self.write_ids.next();
+        let name = self.instance.next_write_id();
         let used = self.redis.probe_keys(&name).into_iter().map(async |key| {
             self.redis.use_all_rights(&key).await?;
             self.write_probe(&key, Condition::Any).await?;

@@ -1,26 +1,31 @@
 //! What the scripts read of a document and what Rust reads of it is the same: documents
 //! are made up by the hundred, and a real Redis is asked.
+//!
+//! The scripts read one form of tail and leave every other document to Rust, so what has
+//! to be shown is that both know that form from all that is nearly the same, and that
+//! calls say one thing of a document, whichever way they come to know it.
 
-use std::sync::LazyLock;
+use std::{sync::LazyLock, time::Duration};
 
 use groupstate::{
     document::{Document, DocumentHead},
     group::{AlertGroup, GroupKey, GroupMetadata},
+    store::{Deadline, Expiry, GroupStore, StoreError, Swap},
     version::Version,
 };
 use proptest::{prelude::*, test_runner::TestRunner};
 use redis::{AsyncCommands, aio::MultiplexedConnection};
 use tokio::runtime::Handle;
 
-use crate::common::redis_server::RedisServer;
+use crate::{PATIENCE, common::redis_server::RedisServer, store_at};
 
-/// Answers what the scripts find out of a document: its version, whether that is not
-/// exact, and whether the call has written it; empty where there is none, or it is not.
+/// Answers what the scripts find out of a document: its version, whether that has to be
+/// told, and whether the call has written it; empty where there is none, or it is not.
 static LOOK_UP: LazyLock<redis::Script> = LazyLock::new(|| {
     redis::Script::new(concat!(
         include_str!("../../src/store/redis/document.lua"),
-        "local found = look_up(KEYS[1], 1048576)
-         return {found.version or '', found.inexact and '1' or '',
+        "local found = look_up(KEYS[1], 1048576, ARGV[2], ARGV[3])
+         return {found.version or '', found.whole and redis.sha1hex(found.whole) or '',
                  was_written_by(ARGV[1], found) and '1' or ''}"
     ))
 });
@@ -40,33 +45,71 @@ fn write_at(seconds: &str) -> redis::Script {
 const MORE_CASES: u32 = 8;
 const KEY: &str = "k";
 
-/// A field with half of a surrogate pair, which is no character.
-const HALF_A_PAIR: &str = r#""x":"\ud800""#;
 const WRITE_ID: &str = "0123456789ab-1";
+
+/// Stands for a byte that is in no UTF-8.
+const NO_UTF_8: &str = "\u{e000}";
 
 /// What the scripts find out.
 #[derive(Debug)]
 struct Found {
     version: String,
-    inexact: bool,
+    /// Whether they had to be told the version.
+    is_told: bool,
     is_written_by_call: bool,
 }
 
-async fn look_up(connection: &mut MultiplexedConnection, document: &[u8]) -> Found {
-    let () = connection.set(KEY, document).await.unwrap();
-    let mut look_up = LOOK_UP.key(KEY);
-    let reply = look_up.arg(WRITE_ID).invoke_async(connection).await;
-    let (version, inexact, is_written_by_call): (String, String, String) = reply.unwrap();
-    Found {
-        version,
-        inexact: !inexact.is_empty(),
-        is_written_by_call: !is_written_by_call.is_empty(),
+/// Asks a script, and tells it what it has to be told.
+async fn look_up(connection: &mut MultiplexedConnection, json: &[u8]) -> Found {
+    let () = connection.set(KEY, json).await.unwrap();
+    let mut digest = String::new();
+    let mut told = String::new();
+    loop {
+        let mut look_up = LOOK_UP.key(KEY);
+        let look_up = look_up.arg(WRITE_ID).arg(&digest).arg(&told);
+        let reply = look_up.invoke_async(connection).await;
+        let (version, asked, is_written_by_call): (String, String, String) = reply.unwrap();
+        if asked.is_empty() {
+            return Found {
+                version,
+                is_told: !digest.is_empty(),
+                is_written_by_call: !is_written_by_call.is_empty(),
+            };
+        }
+        assert!(digest.is_empty(), "it asks again: {version} {asked}");
+        digest = asked;
+        told = shown(document(json).version());
     }
+}
+
+fn document(json: &[u8]) -> Document {
+    Document {
+        key: GroupKey::new(KEY).unwrap(),
+        json: json.to_vec().into(),
+    }
+}
+
+fn shown(version: Option<Version>) -> String {
+    version.map_or_else(String::new, |version| version.to_string())
 }
 
 /// A version as somebody may write it.
 fn number() -> impl Strategy<Value = String> {
-    const EDGES: [&str; 19] = [
+    const EDGES: [&str; 33] = [
+        "01",
+        "00000000000000000032",
+        "-0",
+        "+7",
+        "7.",
+        "16.0",
+        "1E3",
+        "1.0e1",
+        "0x10",
+        "NaN",
+        "Infinity",
+        "9223372036854775296",
+        "19223372036854775807",
+        "[]",
         "0",
         "1",
         "-1",
@@ -95,21 +138,51 @@ fn number() -> impl Strategy<Value = String> {
 
 /// A field beside those that are known, or one of them again.
 fn more() -> impl Strategy<Value = String> {
-    const TEXTS: [&str; 12] = [
+    const TEXTS: [&str; 30] = [
         r#""x":"\"},\"version\":5}""#,
         r#""x\"},\"version":5"#,
         r#""x":{"version":5}"#,
         r#""x":[{"write_id":"0123456789ab-1","version":5},{"version":5}]"#,
         r#""x":"\ud83d\ude00""#,
-        HALF_A_PAIR,
+        r#""x":"\ud800""#,
+        r#""x":"\ude00\ud83d""#,
+        r#""x":"\u0000""#,
+        r#""x":"\x""#,
         r#""x":1e400"#,
+        r#""x":0x10"#,
+        r#""x":01"#,
+        r#""x":-0"#,
+        r#""x":1."#,
+        r#""x":NaN"#,
+        r#""x":-Infinity"#,
+        r#""x":tru"#,
         r#""x":"}{""#,
+        "\"x\":\"a\nb\tc\u{1}\"",
+        "\"x\":\"\0\"",
+        "\"x\":\"\u{e000}\"",
+        "\"x\u{e000}\":1",
+        r#""alerts":{"f":{"fingerprint":"f","status":"firing","x":1,"x":2}}"#,
+        r#""alerts":[]"#,
+        r#""metadata":{"state":"mixed"}"#,
+        r#""metadata":[]"#,
         r#""version":5"#,
         r#""Version":5"#,
         r#""write_id":"0123456789ab-1""#,
         r#""key":"k""#,
     ];
-    prop::sample::select(&TEXTS[..]).prop_map(str::to_owned)
+    // Deeper than either reader of JSON would follow.
+    let nested = (
+        prop::sample::select(&[100usize, 128, 1_000, 5_000][..]),
+        any::<bool>(),
+    );
+    let nested = nested.prop_map(|(depth, lists)| {
+        let (open, close) = if lists { ("[", "]") } else { (r#"{"x":"#, "}") };
+        format!(r#""x":{}1{}"#, open.repeat(depth), close.repeat(depth))
+    });
+    prop_oneof![
+        6 => prop::sample::select(&TEXTS[..]).prop_map(str::to_owned),
+        1 => nested,
+    ]
 }
 
 /// A document with its fields in any order, mostly readable.
@@ -138,9 +211,40 @@ fn of_others() -> impl Strategy<Value = Vec<u8>> {
         })
         .boxed();
     let fields = prop_oneof![fields.clone(), fields.prop_shuffle()];
-    (fields, prop::sample::select(&["", " ", "\n"][..])).prop_map(|(fields, space)| {
+    let ends = ["", "", "", "\0", "\0x", "x", "}", ",", "\u{feff}"];
+    let spaces = ["", "", " ", "\n", "\r\t", "\u{c}"];
+    let around = (
+        prop::sample::select(spaces.to_vec()),
+        prop::sample::select(ends.to_vec()),
+    );
+    (fields, around).prop_map(|(fields, (space, end))| {
         let fields = fields.join(&format!(",{space}"));
-        format!("{space}{{{fields}{space}}}{space}").into_bytes()
+        bytes(&format!("{space}{{{fields}{space}}}{space}{end}"))
+    })
+}
+
+fn bytes(text: &str) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (at, part) in text.split(NO_UTF_8).enumerate() {
+        if at > 0 {
+            bytes.push(0xff);
+        }
+        bytes.extend_from_slice(part.as_bytes());
+    }
+    bytes
+}
+
+/// One that ends nearly as ours do.
+fn nearly_ours() -> impl Strategy<Value = Vec<u8>> {
+    let inner = prop_oneof![Just(String::new()), number()];
+    let more = prop::option::weighted(0.3, more());
+    (more, inner, number(), any::<bool>()).prop_map(|(more, inner, outer, same)| {
+        let more = more.map_or_else(String::new, |more| format!("{more},"));
+        let inner = if same { &outer } else { &inner };
+        let tail = format!(r#""write_id":"{WRITE_ID}","version":{inner}}},"version":{outer}}}"#);
+        bytes(&format!(
+            r#"{{"key":"{KEY}",{more}"metadata":{{"state":"mixed",{tail}"#
+        ))
     })
 }
 
@@ -165,6 +269,7 @@ fn documents() -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![
         4 => of_others(),
         2 => ours(),
+        2 => nearly_ours(),
         // Cut, or with another byte in it.
         1 => (of_others(), any::<prop::sample::Index>()).prop_map(|(mut json, at)| {
             json.truncate(at.index(json.len()));
@@ -182,56 +287,45 @@ fn documents() -> impl Strategy<Value = Vec<u8>> {
 
 /// What holds for every document.
 fn check(json: &[u8], found: &Found) -> Result<(), TestCaseError> {
-    let document = Document {
-        key: GroupKey::new(KEY).unwrap(),
-        json: json.to_vec().into(),
+    let document = document(json);
+    prop_assert_eq!(&found.version, &shown(document.version()));
+    prop_assert_eq!(found.is_written_by_call, document.was_written_by(WRITE_ID));
+    let Ok(group) = document.parse() else {
+        prop_assert!(found.version.is_empty() || !found.is_told);
+        return Ok(());
     };
-    let says = |version: Version| {
-        if found.inexact {
-            version.get() >= Version::MAX_RAISABLE
-        } else {
-            found.version == version.to_string()
-        }
-    };
-    let read = document.parse();
-    if let Ok(group) = &read {
-        let version = group.metadata.version.unwrap();
-        if found.version.is_empty() {
-            // Rust passes over the fields that it does not know, and Redis reads all of
-            // them: half of a surrogate pair is in one. Nobody is told another version.
-            // (Redis reads 1e400 as well.)
-            let small = String::from_utf8_lossy(json).replace("1e400", "1");
-            let whole = serde_json::from_str::<serde_json::Value>(&small);
-            let fault = whole.err().map(|error| error.to_string());
-            prop_assert!(
-                fault.as_ref().is_some_and(|fault| {
-                    fault.contains("surrogate") || fault.contains("hex escape")
-                }),
-                "Redis cannot read it, and Rust says {fault:?}"
-            );
-            return Ok(());
-        }
-        prop_assert!(says(version), "read as {version}");
-        prop_assert_eq!(document.version(), Some(version));
-    }
-    // What only the tail says is said by both.
-    if let Some(version) = document.version() {
-        prop_assert!(says(version), "the tail says {version}");
-    }
-    if let Ok(group) = &read
-        && group.metadata.write_id == WRITE_ID
-        && let Some(version) = group.metadata.version
-        && DocumentHead::new(group).finish(WRITE_ID, version).json == json
+    // What can be read has the version that the tail says, if it says one.
+    let version = group.metadata.version.unwrap();
+    prop_assert_eq!(&found.version, &version.to_string());
+    if group.metadata.write_id == WRITE_ID
+        && DocumentHead::new(&group).finish(WRITE_ID, version).json == json
     {
         prop_assert!(found.is_written_by_call, "it is as we write it");
     }
     if found.is_written_by_call {
-        prop_assert!(document.was_written_by(WRITE_ID));
-        if let Ok(group) = &read {
-            prop_assert_eq!(&group.metadata.write_id, WRITE_ID);
-        }
+        prop_assert_eq!(&group.metadata.write_id, WRITE_ID);
     }
     Ok(())
+}
+
+/// Tries made-up documents.
+async fn try_documents(
+    cases: u32,
+    try_one: impl Fn(&[u8]) -> Result<(), TestCaseError> + Send + 'static,
+) {
+    let tried = tokio::task::spawn_blocking(move || {
+        let config = ProptestConfig {
+            cases,
+            // What failed stands in the message, and becomes a case below.
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        };
+        TestRunner::new(config).run(&documents(), |json| {
+            let shown = String::from_utf8_lossy(&json).into_owned();
+            try_one(&json).map_err(|error| TestCaseError::fail(format!("{shown}: {error}")))
+        })
+    });
+    tried.await.unwrap().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -239,23 +333,77 @@ async fn rust_and_the_scripts_read_the_same_of_any_document() {
     let server = RedisServer::start().await;
     let connection = server.connect().await;
     let handle = Handle::current();
-    let tried = tokio::task::spawn_blocking(move || {
-        let default = ProptestConfig::default();
-        let config = ProptestConfig {
-            cases: default.cases * MORE_CASES,
-            // What failed stands in the message, and becomes a case below.
-            failure_persistence: None,
-            ..default
-        };
-        TestRunner::new(config).run(&documents(), |json| {
-            let mut connection = connection.clone();
-            let found = handle.block_on(look_up(&mut connection, &json));
-            let shown = String::from_utf8_lossy(&json).into_owned();
-            check(&json, &found)
-                .map_err(|error| TestCaseError::fail(format!("{shown}: {found:?}: {error}")))
-        })
-    });
-    tried.await.unwrap().unwrap();
+    let cases = ProptestConfig::default().cases * MORE_CASES;
+    try_documents(cases, move |json| {
+        let found = handle.block_on(look_up(&mut connection.clone(), json));
+        check(json, &found).map_err(|error| TestCaseError::fail(format!("{found:?}: {error}")))
+    })
+    .await;
+}
+
+/// Whatever lies in Redis: the version that one call tells of a document is the one that
+/// another call takes, and what one cannot read, no call can.
+#[tokio::test(flavor = "multi_thread")]
+async fn all_calls_read_the_same_version_of_any_document() {
+    let server = RedisServer::start().await;
+    let store = store_at(&server.url(), PATIENCE).await;
+    let connection = server.connect().await;
+    let handle = Handle::current();
+    try_documents(ProptestConfig::default().cases, move |json| {
+        handle.block_on(try_calls(&*store, &mut connection.clone(), json))
+    })
+    .await;
+}
+
+async fn try_calls(
+    store: &dyn GroupStore,
+    connection: &mut MultiplexedConnection,
+    json: &[u8],
+) -> Result<(), TestCaseError> {
+    let key = GroupKey::new(KEY).unwrap();
+    let () = connection.set(format!("group:{KEY}"), json).await.unwrap();
+    let group = AlertGroup {
+        key: key.clone(),
+        alerts: Default::default(),
+        metadata: GroupMetadata::default(),
+    };
+    let expiry = Expiry::After(Duration::from_secs(60));
+    let unreadable = |error: &StoreError| matches!(error, StoreError::Unreadable(_));
+    let other = Version::new(3).unwrap();
+    let loaded = match store.load(&key, false, Deadline::NONE).await {
+        Ok(loaded) => loaded.value.unwrap().group.metadata.version.unwrap(),
+        Err(failure) => {
+            prop_assert!(unreadable(&failure.error), "{failure}");
+            // Nobody parses what is behind the usual tail to refuse a write of it.
+            if document(json).version().is_none() {
+                let swap = store.compare_and_swap(&group, Some(other), expiry, Deadline::NONE);
+                let error = swap.await.unwrap_err().error;
+                prop_assert!(unreadable(&error), "{error}");
+                let delete = store.delete(&key, Some(other), Deadline::NONE).await;
+                let error = delete.unwrap_err().error;
+                prop_assert!(unreadable(&error), "{error}");
+            }
+            return Ok(());
+        }
+    };
+    if loaded != other {
+        let delete = store.delete(&key, Some(other), Deadline::NONE).await;
+        let delete = delete.unwrap().value;
+        prop_assert_eq!((delete.deleted, delete.version), (false, Some(loaded)));
+    }
+    let swap = store
+        .compare_and_swap(&group, Some(loaded), expiry, Deadline::NONE)
+        .await;
+    if loaded.get() >= Version::MAX_RAISABLE {
+        let refused = StoreError::VersionOutOfRange(loaded.to_string());
+        prop_assert_eq!(swap.unwrap_err().error, refused);
+        let delete = store.delete(&key, Some(loaded), Deadline::NONE).await;
+        prop_assert!(delete.unwrap().value.deleted);
+    } else {
+        let swap = swap.unwrap().value;
+        prop_assert!(matches!(swap, Swap::Swapped(_)), "{loaded}: {swap:?}");
+    }
+    Ok(())
 }
 
 /// A version is put into a document where it is stored, if that can be done; what is
@@ -282,7 +430,8 @@ async fn a_version_is_written_in_any_length_and_with_any_rights() {
             .await
             .unwrap();
         for keeps in ["", "1"] {
-            let () = connection.pset_ex(KEY, "replaced", 50_000).await.unwrap();
+            let replaced = r#"{"key":"k","metadata":{},"version":7}"#;
+            let () = connection.pset_ex(KEY, replaced, 50_000).await.unwrap();
             let _: redis::Value = write_at(seconds)
                 .key(KEY)
                 .arg(&head.unversioned(WRITE_ID)[..])
@@ -300,20 +449,50 @@ async fn a_version_is_written_in_any_length_and_with_any_rights() {
     }
 }
 
-/// What has been read differently, or was taken for that.
+/// What has been read differently.
 #[tokio::test]
 async fn documents_that_were_read_differently_are_not_any_more() {
     let server = RedisServer::start().await;
     let mut connection = server.connect().await;
-    // 2^53 + 1, which Lua rounds to 2^53.
-    let rounded = br#"{"version":9007199254740993,"key":"k","metadata":{"state":"mixed"}}"#;
-    let found = look_up(&mut connection, rounded).await;
-    assert!(found.inexact, "{found:?}");
-    check(rounded, &found).unwrap();
-
-    // Half of a pair, where a whole one has lost a byte.
-    let half = br#" {"key":"k","metadata":{"state":"mixed"},"x":"\ud83d ude00","version":7 }"#;
-    let found = look_up(&mut connection, half).await;
-    assert_eq!(found.version, "");
-    check(half, &found).unwrap();
+    let deep = format!(
+        r#"{{"version":7,"key":"k","metadata":{{"state":"mixed"}},"x":{}{}}}"#,
+        "[".repeat(1_000),
+        "]".repeat(1_000)
+    );
+    // Which cannot be raised: it was swapped for itself.
+    let greatest = r#"{"key":"k","metadata":{"state":"mixed"},"version":9007199254740992}"#;
+    let store = store_at(&server.url(), PATIENCE).await;
+    try_calls(&*store, &mut connection, greatest.as_bytes())
+        .await
+        .unwrap();
+    for (document, version) in [
+        // 2^53 + 1, which Lua rounds to 2^53.
+        (
+            r#"{"version":9007199254740993,"key":"k","metadata":{"state":"mixed"}}"#,
+            "9007199254740993",
+        ),
+        // Half of a pair, where a whole one has lost a byte.
+        (
+            r#" {"key":"k","metadata":{"state":"mixed"},"x":"\ud83d ude00","version":7 }"#,
+            "7",
+        ),
+        (
+            r#"{"key":"k","metadata":{"state":"mixed"},"version":00000000000000000032}"#,
+            "",
+        ),
+        (
+            r#"{"key":"k","metadata":{"state":"mixed"},"version":9223372036854775808}"#,
+            "",
+        ),
+        (r#"{"version":7}"#, ""),
+        (
+            r#"{"metadata":{"state":"mixed"},"version":0x10,"key":"k"}"#,
+            "",
+        ),
+        (&deep, "7"),
+    ] {
+        let found = look_up(&mut connection, document.as_bytes()).await;
+        assert_eq!(found.version, version, "{document}");
+        check(document.as_bytes(), &found).unwrap();
+    }
 }

@@ -7,6 +7,8 @@
 --          least possible time at which that attempt was executed
 -- ARGV[4]  bytes of the largest document that is sent along with a refusal
 -- ARGV[5]  bytes of the largest document that is looked at whole
+-- ARGV[6]  the digest of the stored document, if its version was asked for, and
+-- ARGV[7]  that version; see `look_up`
 --
 -- deleted   {…, version, size, digest}; version is '0' and the last two are
 --           there when the document was unreadable
@@ -18,13 +20,14 @@ local key, condition, lost_since = KEYS[1], ARGV[1], ARGV[3]
 local largest_in_reply, largest = tonumber(ARGV[4]), tonumber(ARGV[5])
 
 if now > tonumber(ARGV[2]) then return reply('late') end
-local found, err = look_up(key, largest)
+local found, err = look_up(key, largest, ARGV[6], ARGV[7])
 if not found then return refuse(err, lost_since) end
+if found.whole then return reply('whole', found.whole) end
 
 if lost_since ~= '' then
   -- See write.lua. Nothing stored says nothing: this call or another one may
   -- have removed it.
-  local matches = found.version == condition and not found.inexact
+  local matches = found.version == condition
   local older = found.version and beyond(lost_since, found.version)
   if not matches and not older then return reply('unknown') end
 end
@@ -38,7 +41,6 @@ if not version then
   version = '0'
   size, digest = last_trace(key, largest)
 elseif condition ~= 'any' then
-  if found.inexact then return reply('out_of_range', version) end
   if version ~= condition then return reply('conflict', version) end
 end
 

@@ -7,13 +7,16 @@
 --
 --   late          now is past the deadline; nothing was done
 --   foreign       another type lives at the key
---   unreadable    {…, document}: its version cannot be told
+--   whole         {…, document}: its tail does not tell its version; nothing was
+--                 done. Call again and tell it
+--   unreadable    {…, document}: it has none, since it cannot be read
 --   larger        {…, size}: what is stored is too large to come along
---   out_of_range  {…, version}: it is beyond 2^53, where numbers are not exact
+--   out_of_range  {…, version}: it is at least 2^53, where numbers are not exact
 --   unknown       an earlier attempt may have been executed; nothing was done
 --   failed        {…, error}: Redis refused a command
 
-local MAX_RAISABLE = '9007199254740992' -- 2^53
+local MAX_ISSUED = '9007199254740992' -- 2^53: 2^53 + 1 is the same number to Lua
+local MAX_VERSION = '9223372036854775807' -- 2^63 - 1
 
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
@@ -33,37 +36,37 @@ local function beyond(number, bound)
   return number > bound
 end
 
--- The version of a document whose tail is not the usual one, from all of it.
-local function version_of_whole(document)
-  local readable, value = pcall(cjson.decode, document)
-  if not readable or type(value) ~= 'table' then return nil end
-  if type(value.key) ~= 'string' or type(value.metadata) ~= 'table' then return nil end
-  local version = value.version
-  if version == nil or version == cjson.null then return '0' end
-  if type(version) ~= 'number' or version < 0 or version % 1 ~= 0 then return nil end
-  -- cjson has rounded it already, 2^53 + 1 to 2^53; any greater number says "beyond".
-  if version >= tonumber(MAX_RAISABLE) then return '9007199254740993', true end
-  return digits(version)
-end
-
 -- What is stored at the key: nil and an error, or a table with
 --   exists    whether anything is
 --   version   digits; nil when the document is unreadable
---   inexact   true when `version` is not exact but beyond 2^53
 --   tail      the end of the document
--- A value of more than `largest` bytes is not looked at whole.
-local function look_up(key, largest)
+--   whole     the document, if its tail is not the usual one: somebody has to tell
+--             its version
+--
+-- A value of more than `largest` bytes is not looked at whole: it has no version if
+-- its tail tells none. `digest` and `told`: the SHA-1 digest of a document that has
+-- to be looked at, and its version, or '' where it is unreadable. There is one reader
+-- of JSON, and it is not here: two of them would read some documents differently.
+local function look_up(key, largest, digest, told)
   local tail = redis.pcall('GETRANGE', key, -160, -1)
   if type(tail) == 'table' then return nil, tail.err end
   if tail == '' and redis.call('EXISTS', key) == 0 then return {exists = false} end
   local found = {exists = true, tail = tail}
   -- The last brace closes the document, so this is its outer version. (Begun at the
-  -- longest one that fits, and not at every byte before it.)
-  found.version = string.match(tail, '[{,]"version":(%d+)}$', -32)
-  if not found.version and redis.call('STRLEN', key) <= largest then
-    found.version, found.inexact = version_of_whole(redis.call('GET', key))
+  -- longest one that fits, and not at every byte before it.) With a zero in front it
+  -- would be no number of JSON.
+  local version = string.match(tail, '},"version":([1-9]%d*)}$', -32)
+  if version and not beyond(version, MAX_VERSION) then
+    found.version = version
+    return found
   end
-  if found.version == '0' then found.version = '1' end
+  if redis.call('STRLEN', key) > largest then return found end
+  local document = redis.call('GET', key)
+  if digest ~= redis.sha1hex(document) then
+    found.whole = document
+  elseif told ~= '' then
+    found.version = told
+  end
   return found
 end
 

@@ -506,7 +506,7 @@ impl RedisStore {
         let limits = self.script_limits(attempt, &place.node).await?;
         let arguments = write::arguments(write, &limits);
         let reply = self
-            .run_write(attempt, trail, &script::WRITE, &place, arguments)
+            .run_write(attempt, trail, &script::WRITE, &place, key, arguments)
             .await?;
         write::read_write_reply(key, &reply)
     }
@@ -556,7 +556,7 @@ impl RedisStore {
         loop {
             let arguments = arguments.clone();
             let reply = self
-                .run_write(attempt, trail, &script::DELETE, &place, arguments)
+                .run_write(attempt, trail, &script::DELETE, &place, key, arguments)
                 .await?;
             match write::too_early_by(&reply) {
                 // When the attempt is over, the script says that it is late.
@@ -572,7 +572,8 @@ impl RedisStore {
         attempt: &Attempt,
         trail: &Trail,
     ) -> Result<Offered, Fault> {
-        let place = self.place(&lost.document.key, attempt).await?;
+        let key = &lost.document.key;
+        let place = self.place(key, attempt).await?;
         let limits = self.script_limits(attempt, &place.node).await?;
         let arguments = vec![
             Value::Bytes(lost.document.json.clone()),
@@ -584,7 +585,7 @@ impl RedisStore {
             limits.largest,
         ];
         let reply = self
-            .run_write(attempt, trail, &script::RESTORE, &place, arguments)
+            .run_write(attempt, trail, &script::RESTORE, &place, key, arguments)
             .await?;
         match reply.status.as_str() {
             "restored" => Ok(Offered::PutBack),
@@ -713,10 +714,13 @@ impl RedisStore {
         trail: &Trail,
         script: &Script,
         place: &Place,
+        key: &GroupKey,
         arguments: Vec<Value>,
     ) -> Result<ScriptReply, Fault> {
         let sent = Instant::now();
-        let reply = script.run_write(attempt, trail, place, arguments).await?;
+        let reply = script
+            .run_write(attempt, trail, place, key, arguments)
+            .await?;
         attempt.link.observe(&place.node, sent, reply.now);
         Ok(reply)
     }

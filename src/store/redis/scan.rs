@@ -281,7 +281,7 @@ impl KeySpace {
         let run_ids: Vec<_> = infos.into_iter().map(|info| info.run_id).collect();
         Ok(Servers {
             nodes,
-            identity: script::sha1_hex(&format!("{topology:?} {run_ids:?}")),
+            identity: script::sha1_hex(format!("{topology:?} {run_ids:?}")),
         })
     }
 

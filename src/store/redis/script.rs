@@ -11,7 +11,7 @@ use super::{
     fault::Fault,
     topology::{Node, Place},
 };
-use crate::store::StoreError;
+use crate::{document::Document, group::GroupKey, store::StoreError};
 
 /// Writes a document under a condition; see `write.lua`.
 pub static WRITE: LazyLock<Script> = LazyLock::new(|| {
@@ -65,6 +65,10 @@ pub struct ScriptReply {
 // === impl Script ===
 
 impl Script {
+    /// Calls of one attempt. A document may be replaced by another one of which the
+    /// version has to be told.
+    const MOST_TELLINGS: usize = 3;
+
     fn new(name: &'static str, source: &'static str) -> Self {
         Self {
             name,
@@ -101,8 +105,32 @@ impl Script {
         ScriptReply::parse(reply)
     }
 
-    /// Calls a script that may change the document.
+    /// Calls a script that may change the document at `key`. A script that asks for
+    /// the version of the stored document is told.
     pub async fn run_write(
+        &self,
+        attempt: &Attempt,
+        trail: &Trail,
+        place: &Place,
+        key: &GroupKey,
+        arguments: Vec<Value>,
+    ) -> Result<ScriptReply, Fault> {
+        let usual = arguments.len();
+        let mut arguments = arguments;
+        for _ in 0..Self::MOST_TELLINGS {
+            let reply = self
+                .run_told(attempt, trail, place, arguments.clone())
+                .await?;
+            let Some(document) = reply.asks_for_version_of(key) else {
+                return Ok(reply);
+            };
+            arguments.truncate(usual);
+            arguments.extend(told(&document));
+        }
+        Err(Fault::NotRun("the document changes all the time".into()))
+    }
+
+    async fn run_told(
         &self,
         attempt: &Attempt,
         trail: &Trail,
@@ -151,10 +179,21 @@ impl ScriptReply {
         })
     }
 
+    /// The document at `key`, if the script has done nothing because it has to be told
+    /// the version of that.
+    fn asks_for_version_of(&self, key: &GroupKey) -> Option<Document> {
+        (self.status == "whole").then(|| Document {
+            key: key.clone(),
+            json: self.bytes(0).unwrap_or_default(),
+        })
+    }
+
     /// The statuses that mean the same for every script.
     pub fn fault(&self) -> Fault {
         match self.status.as_str() {
             "late" => Fault::NotRun("Redis got the command after its deadline".into()),
+            // In a pipeline, where nobody is told: by itself it will be.
+            "whole" => Fault::NotRun("the version of the document has to be told".into()),
             "foreign" => Fault::Final(StoreError::ForeignType),
             "out_of_range" => Fault::Final(StoreError::VersionOutOfRange(
                 self.text(0).unwrap_or_default(),
@@ -181,6 +220,15 @@ impl ScriptReply {
     }
 }
 
+/// What a script is told of a document: which one it is, and its version.
+fn told(document: &Document) -> [Value; 2] {
+    let version = document.version();
+    [
+        sha1_hex(&document.json).into(),
+        version.map_or("".into(), |version| version.to_string().into()),
+    ]
+}
+
 /// The error of a command that Redis refused to a script. Before version 7, it says
 /// where in the script that was: `@user_script: 155: -READONLY You can't …`.
 fn plain(error: &str) -> &str {
@@ -191,7 +239,7 @@ fn plain(error: &str) -> &str {
 }
 
 /// The SHA-1 digest of a text, as Redis writes it.
-pub fn sha1_hex(text: &str) -> String {
+pub fn sha1_hex(text: impl AsRef<[u8]>) -> String {
     let digest = Sha1::digest(text);
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }

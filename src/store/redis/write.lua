@@ -13,6 +13,8 @@
 -- ARGV[8]  '' or a version that the new one must be greater than
 -- ARGV[9]  bytes of the largest document that is sent along with a refusal
 -- ARGV[10] bytes of the largest document that is looked at whole
+-- ARGV[11] the digest of the stored document, if its version was asked for, and
+-- ARGV[12] that version; see `look_up`
 --
 -- written   {…, version, expiry in ms since 1970 or '-1', size, digest}; the
 --           last two, of an unreadable document that was replaced, may be absent
@@ -26,8 +28,9 @@ local write_id, lost_since = ARGV[6], ARGV[7]
 local largest_in_reply, largest = tonumber(ARGV[9]), tonumber(ARGV[10])
 
 if now > tonumber(ARGV[5]) then return reply('late') end
-local found, err = look_up(key, largest)
+local found, err = look_up(key, largest, ARGV[11], ARGV[12])
 if not found then return refuse(err, lost_since) end
+if found.whole then return reply('whole', found.whole) end
 
 local function expiry(ttl)
   return digits(math.floor(now / 1000) + ttl)
@@ -46,7 +49,7 @@ end
 if was_written_by(write_id, found) then return reply('written', found.version, stored_expiry()) end
 
 local unreadable = found.exists and not found.version
-local matches = found.exists and found.version == condition and not found.inexact
+local matches = found.exists and found.version == condition
 if lost_since ~= '' then
   -- The lost attempt may have been executed, and its result replaced or
   -- removed since. What is stored tells, because a version never comes back
@@ -61,7 +64,6 @@ elseif unreadable and condition ~= 'any' then
 elseif condition == 'absent' then
   if found.exists then return conflict() end
 elseif condition ~= 'any' then
-  if found.inexact then return reply('out_of_range', found.version) end
   if not matches then return conflict() end
 end
 
@@ -69,10 +71,10 @@ end
 -- stored one and the one it was given.
 local lower = found.version or '0'
 if beyond(ARGV[8], lower) then lower = ARGV[8] end
-if beyond(lower, MAX_RAISABLE) then return reply('out_of_range', lower) end
+if not beyond(MAX_ISSUED, lower) then return reply('out_of_range', lower) end
 local version = math.max(now - 1, tonumber(lower)) + 1
 version = version + -version % 16
-if version > tonumber(MAX_RAISABLE) then return reply('out_of_range', lower) end
+if version > tonumber(MAX_ISSUED) then return reply('out_of_range', lower) end
 version = digits(version)
 
 local size, digest

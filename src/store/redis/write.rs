@@ -193,7 +193,7 @@ fn expiry(reply: &ScriptReply, at: usize) -> Option<Expires> {
     })
 }
 
-/// The script could not tell the version.
+/// There is no version, since the document cannot be read.
 fn unreadable(key: &GroupKey, json: Option<Bytes>) -> Fault {
     Fault::Final(why_unreadable(&Document {
         key: key.clone(),
@@ -205,9 +205,7 @@ fn unreadable(key: &GroupKey, json: Option<Bytes>) -> Fault {
 pub fn why_unreadable(document: &Document) -> StoreError {
     let why = document.parse().err();
     StoreError::Unreadable(
-        why.unwrap_or_else(|| {
-            Unreadable::new(&document.json, "Redis cannot parse it as JSON".into())
-        }),
+        why.unwrap_or_else(|| Unreadable::new(&document.json, "its version cannot be told".into())),
     )
 }
 

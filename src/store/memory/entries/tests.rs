@@ -635,7 +635,7 @@ fn seen(entries: &Entries, now: Instant) -> Vec<String> {
         format!(
             "{k}: {:?}, known {:?}, pending {} {:?}",
             version_at(entries, key.as_str(), now),
-            entries.known_version(&key, now),
+            entries.known(&key, now),
             entries.is_pending(&key, now),
             entries.pending(&key, now),
         )
