@@ -13,16 +13,20 @@ use crate::group::{AlertGroup, GroupKey, GroupState, Time};
 #[derive(Debug)]
 pub struct KnownGroups {
     groups: LruCache<GroupKey, Copy>,
-    /// Counts what was seen; see [`KnownGroups::mark`].
-    seen: u64,
+    /// The last of what was seen.
+    seen: Mark,
     /// Copies that were forgotten to make room.
     crowded_out: u64,
 }
 
+/// A moment, by the number of what was seen until then.
+#[derive(Clone, core::marker::Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mark(u64);
+
 #[derive(Debug)]
 struct Copy {
     group: AlertGroup,
-    seen: u64,
+    seen: Mark,
     /// The store has no more than this.
     forget_at: Instant,
 }
@@ -64,26 +68,38 @@ impl KnownGroups {
         let max_groups = NonZeroUsize::new(max_groups).unwrap_or(NonZeroUsize::MIN);
         Self {
             groups: LruCache::new(max_groups),
-            seen: 0,
+            seen: Mark::default(),
             crowded_out: 0,
         }
     }
 
-    /// Takes in what the store has said of a group. It is forgotten when it
-    /// expires: `expires_at` if the store said when; else when the copy before
-    /// would have been, or at `or_else`.
-    pub fn saw(&mut self, group: AlertGroup, expires_at: Option<Instant>, or_else: Instant) {
-        self.seen += 1;
+    /// Takes in what the store has said of a group when it was asked at `asked`. It
+    /// is forgotten when it expires: `expires_at` if the store said when; else when
+    /// the copy before would have been, or at `or_else`.
+    ///
+    /// `is_last_word`: Redis said so. What it holds is what there is, also when that is
+    /// older than the copy: a failover has lost the last write then. Versions rise
+    /// otherwise, in one store and from one to the next.
+    pub fn saw(
+        &mut self,
+        group: AlertGroup,
+        asked: Mark,
+        is_last_word: bool,
+        expires_at: Option<Instant>,
+        or_else: Instant,
+    ) {
         let key = group.key.clone();
         let before = self.groups.peek(&key);
-        if before.is_some_and(|before| before.group.metadata.version > group.metadata.version) {
-            // An answer that was overtaken. Versions only rise, in one store and
-            // from one to the next.
+        let is_older = |before: &Copy| before.group.metadata.version > group.metadata.version;
+        if before.is_some_and(|before| is_older(before) && !(is_last_word && before.seen <= asked))
+        {
+            // An answer that was overtaken, or one of a memory that lags behind.
             return;
         }
         let forget_at = expires_at
             .or_else(|| before.map(|before| before.forget_at))
             .unwrap_or(or_else);
+        self.seen = Mark(self.seen.0 + 1);
         let copy = Copy {
             group,
             seen: self.seen,
@@ -103,17 +119,26 @@ impl KnownGroups {
         Some(copy.group.clone())
     }
 
+    /// The group was deleted.
     pub fn forget(&mut self, key: &GroupKey) {
         self.groups.pop(key);
     }
 
-    /// A moment, for [`KnownGroups::forget_unseen`].
-    pub fn mark(&self) -> u64 {
+    /// The store has no such group, as it said when it was asked at `asked`. What was
+    /// seen since stays.
+    pub fn saw_none(&mut self, key: &GroupKey, asked: Mark) {
+        if self.groups.peek(key).is_some_and(|copy| copy.seen <= asked) {
+            self.groups.pop(key);
+        }
+    }
+
+    /// Now, by what was seen: to be drawn before the store is asked.
+    pub fn mark(&self) -> Mark {
         self.seen
     }
 
     /// Forgets the groups of which nothing was seen since `mark`. Says how many.
-    pub fn forget_unseen(&mut self, mark: u64) -> usize {
+    pub fn forget_unseen(&mut self, mark: Mark) -> usize {
         let unseen = self.groups.iter().filter(|(_, copy)| copy.seen <= mark);
         let unseen: Vec<_> = unseen.map(|(key, _)| key.clone()).collect();
         for key in &unseen {
@@ -190,5 +215,79 @@ impl Filter {
         self.state.is_none_or(|state| group.metadata.state == state)
             && group.alerts.len() >= self.min_alerts
             && self.max_age.is_none_or(age)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::{group::GroupMetadata, version::Version};
+
+    const HOUR: Duration = Duration::from_secs(3_600);
+
+    fn group(version: i64) -> AlertGroup {
+        AlertGroup {
+            key: key(),
+            alerts: BTreeMap::new(),
+            metadata: GroupMetadata {
+                version: Version::new(version),
+                ..GroupMetadata::default()
+            },
+        }
+    }
+
+    fn key() -> GroupKey {
+        GroupKey::new("k").unwrap()
+    }
+
+    fn known(version: i64) -> KnownGroups {
+        let mut known = KnownGroups::new(10);
+        saw(&mut known, version, Mark::default(), true);
+        known
+    }
+
+    fn saw(known: &mut KnownGroups, version: i64, asked: Mark, is_last_word: bool) {
+        let or_else = Instant::now() + HOUR;
+        known.saw(group(version), asked, is_last_word, None, or_else);
+    }
+
+    fn version(known: &mut KnownGroups) -> Option<i64> {
+        let group = known.get(&key())?;
+        group.metadata.version.map(Version::get)
+    }
+
+    #[test]
+    fn what_redis_has_lost_is_not_known_any_more() {
+        let mut known = known(32);
+        let asked = known.mark();
+        saw(&mut known, 16, asked, true);
+        assert_eq!(version(&mut known), Some(16));
+        assert_eq!(known.forget_unseen(asked), 0, "the store has it");
+    }
+
+    #[test]
+    fn an_answer_that_was_overtaken_changes_nothing() {
+        let mut known = known(16);
+        let asked = known.mark();
+        saw(&mut known, 32, asked, true);
+        saw(&mut known, 16, asked, true);
+        known.saw_none(&key(), asked);
+        assert_eq!(version(&mut known), Some(32));
+        assert_eq!(known.forget_unseen(asked), 0);
+        let asked = known.mark();
+        known.saw_none(&key(), asked);
+        assert_eq!(version(&mut known), None);
+    }
+
+    #[test]
+    fn a_memory_that_lags_behind_does_not_replace_what_is_known() {
+        let mut known = known(32);
+        let asked = known.mark();
+        saw(&mut known, 24, asked, false);
+        assert_eq!(version(&mut known), Some(32));
+        saw(&mut known, 40, asked, false);
+        assert_eq!(version(&mut known), Some(40));
     }
 }

@@ -42,7 +42,7 @@ use tokio::time::Instant;
 use self::{
     attempt::{Attempt, Done, attempt, is_worth_another},
     change::Change,
-    known::{Filter, KnownGroups, KnownStats},
+    known::{Filter, KnownGroups, KnownStats, Mark},
     outbox::{Outbox, OutboxCounts},
 };
 use crate::{
@@ -303,11 +303,12 @@ impl AlertGroupManager {
     pub async fn get(&self, key: &GroupKey) -> Result<Option<Found>, ManagerError> {
         let store = self.store_of(key);
         let deadline = Deadline::at(Instant::now() + self.0.settings.call_timeout);
+        let asked = self.known().mark();
         let failure = match store.load(key, false, deadline).await {
             Ok(answer) => {
                 let backend = answer.backend;
                 let group = answer.value.map(|stored| stored.group);
-                self.saw(key, group.as_ref(), None, backend);
+                self.saw(key, group.as_ref(), asked, None, backend);
                 if let Some(group) = group {
                     let source = Source::Store(backend);
                     return Ok(Some(Found { group, source }));
@@ -402,7 +403,7 @@ impl AlertGroupManager {
             restored.groups += batch.groups.len();
             restored.problems.extend(batch.problems);
             for group in batch.groups {
-                self.saw(&group.key, Some(&group), None, backend);
+                self.saw(&group.key, Some(&group), mark, None, backend);
             }
             restored.complete |= batch.complete == Some(true);
         }
@@ -500,6 +501,7 @@ impl AlertGroupManager {
         let give_up = Instant::now() + settings.change_timeout;
         let mut store = self.store_of(key);
         let mut seen = None;
+        let mut asked = self.known().mark();
         let mut last = String::new();
         let mut attempts = 0;
         while attempts < settings.max_attempts && Instant::now() < give_up {
@@ -512,6 +514,10 @@ impl AlertGroupManager {
                 .most_attempts
                 .fetch_max(attempts.into(), Ordering::Relaxed);
             let deadline = give_up.min(Instant::now() + settings.call_timeout);
+            if seen.is_none() {
+                // What a lost race has shown was asked for before.
+                asked = self.known().mark();
+            }
             match attempt(&*store, settings, key, &change, seen.take(), deadline).await {
                 Ok(Attempt::Done(done)) => {
                     let Done {
@@ -528,7 +534,7 @@ impl AlertGroupManager {
                     if outcome == Outcome::Deleted {
                         self.known().forget(key);
                     } else {
-                        self.saw(key, after.as_ref(), left, backend);
+                        self.saw(key, after.as_ref(), asked, left, backend);
                     }
                     let changed = Changed {
                         outcome,
@@ -580,18 +586,21 @@ impl AlertGroupManager {
         &self,
         key: &GroupKey,
         group: Option<&AlertGroup>,
+        asked: Mark,
         left: Option<Duration>,
         from: Backend,
     ) {
         let now = Instant::now();
+        let is_redis = from == Backend::Redis;
         match group {
             Some(group) => {
                 let ttl = left.map(|left| now + left);
                 let forget_at = now + self.0.settings.group_ttl;
-                self.known().saw(group.clone(), ttl, forget_at);
+                let group = group.clone();
+                self.known().saw(group, asked, is_redis, ttl, forget_at);
             }
             // The memory of one instance does not know every group.
-            None if from == Backend::Redis => self.known().forget(key),
+            None if is_redis => self.known().saw_none(key, asked),
             None => {}
         }
     }

@@ -2,8 +2,10 @@
 //!
 //! It keeps the same contract as the stores in process, and says of every
 //! failure what the caller can do about it. A write whose answer does not come
-//! is [`OutcomeUnknown`](ErrorKind::OutcomeUnknown), unless it surely was not
-//! sent. Nothing is repeated here: whoever changes a group loads it again and
+//! is [`OutcomeUnknown`](crate::store::ErrorKind::OutcomeUnknown), whatever the reason, unless it
+//! surely was not sent: the deadline had passed before
+//! ([`DeadlineExceeded`](crate::store::ErrorKind::DeadlineExceeded)), or no connection came about
+//! ([`Unavailable`](crate::store::ErrorKind::Unavailable)). Nothing is repeated here: whoever changes a group loads it again and
 //! decides anew.
 
 mod replies;
@@ -39,8 +41,8 @@ use crate::{
     },
     reload::Watched,
     store::{
-        Backend, Deadline, Deletion, ErrorKind, Expiry, Failure, GroupBatch, GroupStore, KeyPage,
-        LoadAll, Reply, StoreError, Stored, Swap, Written,
+        Backend, Deadline, Deletion, Expiry, Failure, GroupBatch, GroupStore, KeyPage, LoadAll,
+        Reply, StoreError, Stored, Swap, Written,
     },
     version::Version,
 };
@@ -215,6 +217,9 @@ impl RemoteStore {
     {
         let until = deadline.or_within(self.settings.call_timeout);
         let given = until.saturating_duration_since(Instant::now());
+        if given.is_zero() {
+            return Err(Called::too_late());
+        }
         let mut request = self.request(message);
         request.set_timeout(given);
         let answered = tokio::time::timeout_at(until, call(self.client.clone(), request)).await;
@@ -230,7 +235,7 @@ impl RemoteStore {
         if called.told {
             self.state.down.store(false, Ordering::Relaxed);
             self.saw(called.backend.unwrap_or(self.backend()));
-        } else if called.kind != ErrorKind::DeadlineExceeded || given >= ANSWER_BOUND {
+        } else if !called.timed_out || given >= ANSWER_BOUND {
             // One that passes earlier may just have been short.
             self.is_unreachable();
         }

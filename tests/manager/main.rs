@@ -6,6 +6,7 @@
 //! | `races.rs` | changes that meet, and stores that fail in between |
 //! | `outages.rs` | Redis or an instance goes, and no alert with it |
 //! | `secured.rs` | TLS and tokens |
+//! | `unanswered.rs` | calls of which the answer does not come |
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -13,6 +14,7 @@ mod common;
 mod outages;
 mod races;
 mod secured;
+mod unanswered;
 
 use std::{
     sync::Arc,
@@ -21,13 +23,14 @@ use std::{
 
 use common::{redis_server::RedisServer, service::Service, stalls::Bound};
 use groupstate::{
-    group::{Alert, AlertStatus, GroupKey, GroupState, Time},
+    group::{Alert, AlertGroup, AlertStatus, GroupKey, GroupState, Time},
     manager::{
         AlertGroupManager, ManagerError, ManagerSettings, Outcome, Source, StateChange,
         affinity::Instances, known::Filter, remote::RemoteSettings,
     },
     store::{Backend, ErrorKind},
 };
+use redis::AsyncCommands;
 
 pub fn key(name: &str) -> GroupKey {
     GroupKey::new(name).unwrap()
@@ -230,6 +233,32 @@ async fn a_new_replica_restores_and_learns_what_others_have_done() {
     let restored = second.restore().await.unwrap();
     assert_eq!((restored.groups, restored.forgotten), (299, 2));
     assert_eq!(second.list(&Filter::default()).len(), 299);
+}
+
+/// A failover has lost the last write: what is there is what there is.
+#[tokio::test]
+async fn a_group_that_redis_has_in_an_older_version_is_known_in_that_one() {
+    let (redis, service) = service().await;
+    let manager = replica(&[&service]).await;
+    let mut connection = redis.connect().await;
+    let alerts = |groups: &[AlertGroup]| groups.iter().map(|group| group.alerts.len()).sum();
+    add(&manager, "restored", vec![firing("a")]).await;
+    add(&manager, "read", vec![firing("a")]).await;
+    let names = ["group:restored", "group:read"];
+    let older: Vec<Vec<u8>> = connection.mget(&names[..]).await.unwrap();
+    add(&manager, "restored", vec![firing("b")]).await;
+    add(&manager, "read", vec![firing("b")]).await;
+    assert_eq!(alerts(&manager.list(&Filter::default())), 4usize);
+    for (name, document) in names.into_iter().zip(older) {
+        let () = connection.set(name, document).await.unwrap();
+    }
+    manager.get(&key("read")).await.unwrap().unwrap();
+    assert_eq!(alerts(&manager.list(&Filter::default())), 3);
+    let restored = manager.restore().await.unwrap();
+    assert!(restored.complete);
+    assert_eq!((restored.groups, restored.forgotten), (2, 0));
+    let listed = manager.list(&Filter::default());
+    assert_eq!((listed.len(), alerts(&listed)), (2, 2));
 }
 
 #[tokio::test]

@@ -28,6 +28,8 @@ pub struct Called {
     pub backend: Option<Backend>,
     /// Whether the service itself said so, and not the client's library.
     pub told: bool,
+    /// Whether the time was up.
+    pub timed_out: bool,
     /// An answer and not an error: there is no such group.
     pub not_found: bool,
 }
@@ -37,6 +39,7 @@ pub struct Called {
 impl Called {
     pub fn of(status: &Status, effect: Effect) -> Self {
         let message = status.message().to_owned();
+        let timed_out = matches!(status.code(), Code::DeadlineExceeded | Code::Cancelled);
         let info = status.get_details_error_info();
         if let Some(info) = info.filter(|info| info.domain == status::DOMAIN) {
             let reason = status::reason_named(&info.reason).unwrap_or_default();
@@ -45,22 +48,31 @@ impl Called {
                 Some("memory") => Some(Backend::Memory),
                 _ => None,
             };
+            let kind = match (status::kind_of(reason), effect) {
+                // The service stops work for which nobody waits, and does not say how
+                // far it has come.
+                (ErrorKind::DeadlineExceeded, Effect::Writes) => ErrorKind::OutcomeUnknown,
+                (kind, _) => kind,
+            };
             return Self {
-                kind: status::kind_of(reason),
+                kind,
                 message,
                 backend,
                 told: true,
+                timed_out,
                 not_found: reason == pb::ErrorReason::GroupNotFound,
             };
         }
-        let kind = match status.code() {
+        let kind = match (status.code(), effect) {
+            // Whoever stands before the service says so without asking it.
+            (Code::Unauthenticated | Code::PermissionDenied, _) => ErrorKind::Unauthenticated,
+            (Code::Unimplemented, _) => ErrorKind::Invalid,
+            // Nobody has the request, or its answer is missing: the time was up, the
+            // connection broke, or what came cannot be read. A write may have been made.
+            (_, Effect::Writes) if !was_not_sent(status) => ErrorKind::OutcomeUnknown,
+            (Code::OutOfRange | Code::ResourceExhausted, _) => ErrorKind::TooLarge,
             // What tonic's client says when the time is up.
-            Code::DeadlineExceeded | Code::Cancelled => ErrorKind::DeadlineExceeded,
-            Code::OutOfRange | Code::ResourceExhausted => ErrorKind::TooLarge,
-            Code::Unauthenticated | Code::PermissionDenied => ErrorKind::Unauthenticated,
-            Code::Unimplemented => ErrorKind::Invalid,
-            // The connection broke. A write may have gone through before.
-            _ if effect == Effect::Writes && !was_not_sent(status) => ErrorKind::OutcomeUnknown,
+            _ if timed_out => ErrorKind::DeadlineExceeded,
             _ => ErrorKind::Unavailable,
         };
         Self {
@@ -68,6 +80,19 @@ impl Called {
             message: format!("{message}{}", root_cause(status)),
             backend: None,
             told: false,
+            timed_out,
+            not_found: false,
+        }
+    }
+
+    /// A call for which no time was left: it was not sent.
+    pub fn too_late() -> Self {
+        Self {
+            kind: ErrorKind::DeadlineExceeded,
+            message: "the deadline of the call has passed; nothing was sent".into(),
+            backend: None,
+            told: false,
+            timed_out: true,
             not_found: false,
         }
     }
@@ -154,4 +179,27 @@ pub fn batch(backend: Backend, message: pb::LoadAllResponse) -> Result<GroupBatc
     });
     batch.problems.extend(problems);
     Ok(batch)
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic_types::ErrorDetails;
+
+    use super::*;
+
+    #[test]
+    fn a_service_that_stops_work_does_not_know_how_far_a_write_has_come() {
+        let told = |reason: &str, effect| {
+            let details = ErrorDetails::with_error_info(reason, status::DOMAIN, []);
+            let status = Status::with_error_details(Code::DeadlineExceeded, "late", details);
+            let called = Called::of(&status, effect);
+            assert!(called.told && called.timed_out);
+            called.kind
+        };
+        let [unknown, late] = [ErrorKind::OutcomeUnknown, ErrorKind::DeadlineExceeded];
+        for reason in ["DEADLINE_EXCEEDED", "CANCELLED"] {
+            assert_eq!(told(reason, Effect::Writes), unknown, "{reason}");
+            assert_eq!(told(reason, Effect::Reads), late, "{reason}");
+        }
+    }
 }
