@@ -98,6 +98,7 @@ async fn main() {
 impl Bench {
     /// Runs an operation for its row.
     async fn row<T>(&mut self, name: &'static str, operation: impl Future<Output = T>) -> T {
+        let_the_allocator_rest().await;
         times::take();
         let begin = Instant::now();
         let result = operation.await;
@@ -315,6 +316,14 @@ impl Bench {
         };
         self.row("the same where Redis may have lost all", refused)
             .await;
+    }
+}
+
+/// What an operation has freed is not to be given to the system in the next one.
+async fn let_the_allocator_rest() {
+    for _ in 0..150 {
+        drop(std::hint::black_box(vec![1u8; 1 << 17]));
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 

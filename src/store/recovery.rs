@@ -261,7 +261,7 @@ impl Watch {
                     Ok(server) => {
                         // So that there is little left to sweep in the moment in
                         // which the switch turns, and nobody waits for that.
-                        self.memory.sweep().await;
+                        self.memory.sweep_changes().await;
                         self.switch.write_succeeds(server);
                     }
                     Err(failed) => {

@@ -484,7 +484,7 @@ impl Entries {
     /// were written or deleted and are dropped. What has expired does not count,
     /// and goes first.
     pub fn discard(&mut self, now: Instant) -> Result<usize, NotYet> {
-        self.sweep(now)?;
+        self.sweep_changes(now)?;
         Ok(self.table.drop_dirty())
     }
 
@@ -600,8 +600,18 @@ impl Entries {
 
     /// Removes what has expired or was dropped.
     pub fn sweep(&mut self, now: Instant) -> Result<(), NotYet> {
+        self.step(|entries| entries.table.settle_one(entries.epoch, now) || entries.sweep_one(now))
+    }
+
+    /// Removes the changes that have expired.
+    pub fn sweep_changes(&mut self, now: Instant) -> Result<(), NotYet> {
+        self.step(|entries| entries.sweep_change(now))
+    }
+
+    /// Does something until it says that there is no more to do.
+    fn step(&mut self, mut one: impl FnMut(&mut Self) -> bool) -> Result<(), NotYet> {
         for _ in 0..self.step.removes {
-            if !self.table.settle_one(self.epoch, now) && !self.sweep_one(now) {
+            if !one(self) {
                 return Ok(());
             }
         }
@@ -610,12 +620,16 @@ impl Entries {
 
     /// Removes one entry that has expired. False if none has.
     fn sweep_one(&mut self, now: Instant) -> bool {
-        let expired = |first: Option<&(Instant, GroupKey)>| {
-            let (_, key) = first.filter(|(expires, _)| *expires <= now)?;
-            Some(key.clone())
+        let Some(key) = expired(self.table.first_clean(), now) else {
+            return self.sweep_change(now);
         };
-        let first = expired(self.table.first_clean());
-        let Some(key) = first.or_else(|| expired(self.table.first_dirty())) else {
+        self.table.remove(&key);
+        true
+    }
+
+    /// Removes one change that has expired. False if none has.
+    fn sweep_change(&mut self, now: Instant) -> bool {
+        let Some(key) = expired(self.table.first_dirty(), now) else {
             return false;
         };
         self.expire(&key, now);
@@ -705,6 +719,12 @@ impl Entries {
     fn entry(&self, key: &GroupKey) -> Option<&Entry> {
         self.table.get(key.as_str())
     }
+}
+
+/// The key of the entry that expires first, if it has.
+fn expired(first: Option<&(Instant, GroupKey)>, now: Instant) -> Option<GroupKey> {
+    let (_, key) = first.filter(|(expires, _)| *expires <= now)?;
+    Some(key.clone())
 }
 
 #[cfg(test)]

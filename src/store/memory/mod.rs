@@ -147,9 +147,18 @@ impl MemoryStore {
         }
     }
 
-    /// Removes what has expired.
+    /// Removes what has expired or was dropped.
     pub async fn sweep(&self) {
         self.shared.sweep().await;
+    }
+
+    /// Removes the changes that have expired, so that nothing is left to do in the
+    /// moment of a discard.
+    pub async fn sweep_changes(&self) {
+        let sweep = |held: &mut Held| held.entries.sweep_changes(Instant::now());
+        while self.shared.step(sweep) == Err(NotYet) {
+            tokio::task::yield_now().await;
+        }
     }
 
     pub fn usage(&self) -> Usage {
@@ -201,8 +210,8 @@ impl MemoryStore {
     }
 
     /// Takes no more changes and drops those that were made, in one moment: the
-    /// number of groups that were written or deleted. Whoever calls has swept,
-    /// since what has expired does not count.
+    /// number of groups that were written or deleted. What has expired does not
+    /// count; see [`Self::sweep_changes`].
     pub fn step_back_and_discard(&self) -> usize {
         self.shared.in_steps(|held| {
             let discarded = held.entries.discard(Instant::now())?;
@@ -484,6 +493,11 @@ impl Litters for Held {
 // === impl Shared ===
 
 impl Shared {
+    /// A sweep of many entries pauses after so many steps, for so long: 100,000
+    /// entries take about a second.
+    const STEPS_AT_ONCE: u64 = 2;
+    const PAUSE: Duration = Duration::from_millis(1);
+
     fn lock(&self) -> Guard<'_, Held> {
         self.held.lock()
     }
@@ -507,10 +521,20 @@ impl Shared {
         result
     }
 
-    /// Removes what has expired, in steps.
+    /// Removes what has expired or was dropped, in steps.
     async fn sweep(&self) {
-        while self.step(|held| held.entries.sweep(Instant::now())) == Err(NotYet) {
-            tokio::task::yield_now().await;
+        for step in 1u64.. {
+            let swept = self.step(|held| held.entries.sweep(Instant::now()));
+            if swept.is_ok() {
+                return;
+            }
+            // Nobody waits for it. The allocator gives memory to the system now and
+            // then: the less has come together, the sooner that is done.
+            if step % Self::STEPS_AT_ONCE == 0 {
+                tokio::time::sleep(Self::PAUSE).await;
+            } else {
+                tokio::task::yield_now().await;
+            }
         }
     }
 
