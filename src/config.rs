@@ -5,7 +5,8 @@ mod value;
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{
-    Parser,
+    Command, CommandFactory, FromArgMatches, Parser,
+    builder::Resettable,
     error::{ContextKind, ContextValue, ErrorKind},
 };
 use http::{Uri, uri::Scheme};
@@ -31,7 +32,11 @@ use crate::{
 /// service, in Redis or in memory, and serves it over gRPC.
 ///
 /// Durations are written as 250ms, 5s or 24h, sizes as 256MiB. Each setting is
-/// a flag or an environment variable; the flag wins.
+/// a flag or an environment variable; the flag wins. A variable that is empty
+/// counts as one that is not set.
+///
+/// SIGTERM and SIGHUP stop it gracefully, see --shutdown-delay; Ctrl-C does so
+/// without the delay, and a second signal ends it at once.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "groupstate", version, max_term_width = 100)]
 pub struct Settings {
@@ -278,12 +283,14 @@ pub struct Settings {
           value_parser = reload_interval)]
     pub reload_interval: Duration,
 
-    /// How long health says NOT_SERVING before the server stops to take calls, after SIGTERM.
+    /// How long health says NOT_SERVING before the server stops to take calls, after SIGTERM
+    /// or SIGHUP.
     #[arg(long, env = "GROUPSTATE_SHUTDOWN_DELAY", value_name = "DURATION", default_value = "5s",
           value_parser = duration)]
     pub shutdown_delay: Duration,
 
-    /// How long calls in flight may go on after that.
+    /// How long calls in flight may go on after that. Then there are at most 5s to carry groups over
+    /// to Redis, and 2s to send traces.
     #[arg(long, env = "GROUPSTATE_SHUTDOWN_TIMEOUT", value_name = "DURATION", default_value = "20s",
           value_parser = duration)]
     pub shutdown_timeout: Duration,
@@ -384,7 +391,19 @@ impl Settings {
         I: IntoIterator<Item = T>,
         T: Into<std::ffi::OsString> + Clone,
     {
-        let settings = Self::try_parse_from(arguments).map_err(|error| {
+        let arguments: Vec<std::ffi::OsString> = arguments.into_iter().map(Into::into).collect();
+        let parsed = Self::without_empty_variables()
+            .try_get_matches_from(arguments.clone())
+            .and_then(|matches| Self::from_arg_matches(&matches));
+        let settings = parsed.map_err(|error| {
+            let error = match error.kind() {
+                // It names all variables.
+                ErrorKind::DisplayHelp => Self::command()
+                    .try_get_matches_from(arguments)
+                    .err()
+                    .unwrap_or(error),
+                _ => error,
+            };
             let text = error.render();
             if is_bare_argument(&error) {
                 (BARE_ARGUMENT.to_owned(), 2)
@@ -398,6 +417,22 @@ impl Settings {
             .check()
             .map_err(|error| (format!("error: {error}"), 2))?;
         Ok(settings)
+    }
+
+    /// The settings, without those variables that are empty: Compose files and
+    /// templates leave a variable empty where they mean "not set".
+    fn without_empty_variables() -> Command {
+        Self::command().mut_args(|argument| {
+            let is_empty = argument
+                .get_env()
+                .and_then(std::env::var_os)
+                .is_some_and(|value| value.is_empty());
+            if is_empty {
+                argument.env(Resettable::Reset)
+            } else {
+                argument
+            }
+        })
     }
 
     /// Checks what no setting shows alone.
@@ -470,7 +505,7 @@ impl Settings {
     /// How to reach Redis, and what keeps that up to date; None without
     /// `--redis-url`.
     pub fn redis(&self) -> Result<Option<(RedisSettings, RedisWatchers)>, String> {
-        // Compose files leave a variable empty where they mean "not set".
+        // Empty as a flag, it takes the place of a variable.
         let Some(url) = self.redis_url.as_ref().filter(|url| !url.is_empty()) else {
             return Ok(None);
         };

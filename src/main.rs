@@ -1,6 +1,6 @@
 //! Settings, telemetry, server, and nothing else.
 
-use std::process::ExitCode;
+use std::{io, process::ExitCode};
 
 use groupstate::{
     config::Settings,
@@ -9,7 +9,7 @@ use groupstate::{
 };
 use tokio::{
     runtime,
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
 };
 
 /// A call makes and drops hundreds of small pieces, on whichever thread it is just
@@ -22,6 +22,15 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// four times the load that can be borne hears so after 40 ms instead of 6, and two cores do
 /// 4 % more `Store`s.
 const TURN: u32 = 2;
+
+/// The signals that stop the service.
+struct Signals {
+    terminate: Signal,
+    /// Of a terminal that is closed. Nothing is read again because of it: files that
+    /// have changed are noticed without.
+    hang_up: Signal,
+    interrupt: Signal,
+}
 
 fn main() -> ExitCode {
     let runtime = runtime::Builder::new_multi_thread()
@@ -81,23 +90,37 @@ fn start_traces(settings: &Settings) -> Result<Option<Traces>, String> {
 }
 
 async fn run(settings: Settings) -> Result<(), ServerError> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut signals = Signals::new()?;
     let server = Server::bind(settings).await?;
     let stop = async {
-        let stop = tokio::select! {
-            _ = terminate.recv() => Stop::AfterDelay,
-            _ = interrupt.recv() => Stop::Now,
-        };
+        let stop = signals.next().await;
         tokio::spawn(async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
+            signals.next().await;
             tracing::warn!("a second signal: ended at once");
             std::process::exit(1);
         });
         stop
     };
     server.serve(stop).await
+}
+
+// === impl Signals ===
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            hang_up: signal(SignalKind::hangup())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// How the next one wants it to stop.
+    async fn next(&mut self) -> Stop {
+        tokio::select! {
+            _ = self.terminate.recv() => Stop::AfterDelay,
+            _ = self.hang_up.recv() => Stop::AfterDelay,
+            _ = self.interrupt.recv() => Stop::Now,
+        }
+    }
 }

@@ -32,7 +32,7 @@ use crate::{
         redis::RedisStore,
         switch::Switch,
     },
-    telemetry,
+    telemetry::{self, Traces},
     tls::ServerTls,
     version::InstanceId,
     waits::{Amount, Waits},
@@ -106,6 +106,14 @@ const BACKLOG: u32 = 4_096;
 
 /// The time that replies get to leave after the last call.
 const LAST_REPLIES: Duration = Duration::from_millis(500);
+
+/// How long a stop may take, all in all: what stops the service has to wait longer
+/// before it kills it.
+pub fn longest_stop(settings: &Settings) -> Duration {
+    [settings.shutdown_timeout, LAST_TRY, Traces::STOP_BOUND]
+        .into_iter()
+        .fold(settings.shutdown_delay, Duration::saturating_add)
+}
 
 // === impl Server ===
 

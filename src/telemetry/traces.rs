@@ -36,7 +36,7 @@ impl Traces {
     /// A span waits for others at most this long.
     const BATCH_DELAY: Duration = Duration::from_secs(1);
     /// The time that what is still queued at the end gets.
-    const STOP_BOUND: Duration = Duration::from_secs(2);
+    pub const STOP_BOUND: Duration = Duration::from_secs(2);
 
     /// Makes spans from now on and sends them to the collector at `endpoint`: of
     /// all calls whose caller is sampled, and of this share of those whose caller

@@ -5,6 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use clap::CommandFactory;
+use groupstate::config::Settings;
 use tonic::Code;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -44,6 +46,41 @@ fn a_bad_setting_is_one_line_and_exit_code_two() {
             .unwrap()
             .contains("--max-ttl")
     );
+}
+
+/// Compose files and templates leave a variable empty where they mean "not set".
+#[tokio::test]
+async fn an_empty_variable_is_one_that_is_not_set_whatever_the_setting() {
+    let settings = Settings::command();
+    let names = settings.get_arguments().filter_map(|argument| {
+        let name = argument.get_env()?.to_str().unwrap().to_owned();
+        Some(name)
+    });
+    let names: Vec<_> = names.collect();
+    assert!(names.len() > 30, "{names:?}");
+    // What is said once all single settings have been read.
+    let arguments = ["--default-ttl", "100ms"];
+    let expected = run(&arguments, &[]);
+    assert_eq!(expected.status.code(), Some(2));
+    for name in &names {
+        let output = run(&arguments, &[(name, "")]);
+        assert_eq!(output, expected, "{name}");
+    }
+    let all: Vec<_> = names.iter().map(|name| (name.as_str(), "")).collect();
+    let service = Service::start_in(&all, &[]);
+    let mut client = service.client().await;
+    client.store(store_request(group("k"))).await.unwrap();
+    assert_eq!(service.health().await["redis"]["status"], "none");
+    // It is still said that there are variables.
+    let help = String::from_utf8(run(&["--help"], &all).stdout).unwrap();
+    for name in &names {
+        assert!(help.contains(name.as_str()), "{name}");
+    }
+    // A value of no use is none that is empty.
+    for useless in [" ", "\t"] {
+        let output = run(&[], &[("GROUPSTATE_MAX_SCANS", useless)]);
+        assert_eq!(output.status.code(), Some(2));
+    }
 }
 
 fn run(arguments: &[&str], environment: &[(&str, &str)]) -> std::process::Output {
@@ -89,6 +126,16 @@ fn check(service: &str) -> HealthCheckRequest {
 
 #[tokio::test]
 async fn sigterm_says_not_serving_then_ends_watches_and_exits_with_zero() {
+    stops_gracefully("TERM").await;
+}
+
+/// Of a terminal that is closed, or of somebody who thinks that it reads files again.
+#[tokio::test]
+async fn sighup_stops_it_as_sigterm_does() {
+    stops_gracefully("HUP").await;
+}
+
+async fn stops_gracefully(signal: &str) {
     // Long enough for what happens meanwhile.
     const DELAY: Duration = Duration::from_secs(2);
     let mut service = Service::start(&["--shutdown-delay", "2s"]);
@@ -106,7 +153,7 @@ async fn sigterm_says_not_serving_then_ends_watches_and_exits_with_zero() {
 
     let begin = Instant::now();
     let bound = Bound::of(DELAY + Duration::from_secs(1));
-    service.process().signal("TERM");
+    service.process().signal(signal);
     let second = watch.message().await.unwrap().unwrap();
     assert_eq!(second.status(), ServingStatus::NotServing);
     let reply = health.check(check("")).await.unwrap().into_inner();

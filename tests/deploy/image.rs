@@ -1,6 +1,8 @@
 //! The Dockerfile. What its steps build is tried by `make dist`.
 
-use std::process::Command;
+use std::{process::Command, time::Duration};
+
+use groupstate::{config::Settings, server::longest_stop};
 
 use crate::{common::tool, path, read, run};
 
@@ -31,4 +33,38 @@ fn the_dependencies_are_a_layer_that_the_code_does_not_outdate() {
     let dependencies = dockerfile.find("cargo build").unwrap();
     let code = dockerfile.find("COPY src src").unwrap();
     assert!(manifest < dependencies && dependencies < code);
+}
+
+/// Whoever follows a page must not kill what only the memory of an instance holds.
+#[test]
+fn docker_waits_longer_than_a_stop_may_take() {
+    const STOP: &str = "docker stop";
+    let settings = Settings::read(["groupstate"]).unwrap();
+    let longest = longest_stop(&settings);
+    let files = run(Command::new("git")
+        .args(["-C", &path("").display().to_string()])
+        .args([
+            "grep",
+            "-lF",
+            STOP,
+            "--",
+            "*.md",
+            "*.yaml",
+            "deploy",
+            "Dockerfile",
+        ]));
+    let mut found = 0;
+    for file in files.lines() {
+        for rest in read(file).split(STOP).skip(1) {
+            let seconds = rest.strip_prefix(" -t ").unwrap_or_default();
+            let seconds = seconds.split(|c: char| !c.is_ascii_digit()).next();
+            let seconds = seconds.and_then(|seconds| seconds.parse().ok());
+            let waits = seconds.map(Duration::from_secs);
+            assert!(waits > Some(longest), "{file}: {STOP}{rest:.20}");
+            found += 1;
+        }
+    }
+    assert!(found > 0);
+    let said = format!("That is {} s at most by default", longest.as_secs());
+    assert!(read("README.md").contains(&said), "README.md: {said}");
 }

@@ -1,9 +1,9 @@
 //! What `kubectl apply -k` would send, checked against the schemas of
 //! Kubernetes and for what these cannot know.
 
-use std::{fs, process::Command};
+use std::{fs, process::Command, time::Duration};
 
-use groupstate::{config::Settings, store::switch::OnRecovery};
+use groupstate::{config::Settings, server::longest_stop, store::switch::OnRecovery};
 use serde_json::{Value, json};
 
 use crate::{
@@ -27,9 +27,6 @@ const VERSIONS: [&str; 2] = ["1.27", "1.37"];
 
 /// Kinds that the Prometheus Operator adds; their schemas come with it.
 const OF_OPERATOR: [&str; 2] = ["ServiceMonitor", "PrometheusRule"];
-
-/// The last try to carry groups over, after `--shutdown-timeout`.
-const LAST_TRY_SECONDS: u64 = 5;
 
 const INSTALL_KUBECTL: &str = "run `make tools`, or install kubectl 1.22 or newer as \
                                https://kubernetes.io/docs/tasks/tools/ says";
@@ -182,9 +179,9 @@ fn the_service_takes_the_settings_and_has_time_to_stop() {
         arguments.insert(0, "groupstate".into());
         let settings = Settings::read(&arguments).expect(kustomization);
         assert_eq!(settings.on_recovery, OnRecovery::Reconcile);
-        let stopping = settings.shutdown_delay + settings.shutdown_timeout;
         let grace = pod["terminationGracePeriodSeconds"].as_u64().unwrap();
-        assert!(grace > stopping.as_secs() + LAST_TRY_SECONDS, "{grace}");
+        let grace = Duration::from_secs(grace);
+        assert!(grace > longest_stop(&settings), "{grace:?}");
 
         let port = |name: &str| {
             let mut ports = items(&container["ports"]);
