@@ -35,9 +35,14 @@ struct Now {
     fallback: Option<AbortHandle>,
 }
 
-/// Writes each event on one line, whatever is in it: what a client has sent must
-/// not pass for an event of its own.
-struct OneLine<W>(W);
+/// Writes each event on one line of what can be seen, whatever is in it: what a client
+/// has sent must not pass for an event of its own, nor tell a terminal what to do, nor
+/// stand in another place than it is shown at.
+struct OneLine<W> {
+    to: W,
+    /// Whether events are in colours.
+    colours: bool,
+}
 
 static CONTROL: OnceLock<Arc<LogControl>> = OnceLock::new();
 
@@ -51,11 +56,15 @@ pub fn init(level: LogLevel, format: LogFormat) {
         LogFormat::Text => false,
         LogFormat::Auto => !terminal,
     };
-    let lines = fmt::layer().with_writer(|| OneLine(io::stderr()));
+    let colours = terminal && !json;
+    let lines = fmt::layer().with_writer(move || OneLine {
+        to: io::stderr(),
+        colours,
+    });
     let lines: Box<dyn Layer<Registry> + Send + Sync> = if json {
         lines.json().flatten_event(true).boxed()
     } else {
-        lines.with_ansi(terminal).boxed()
+        lines.with_ansi(colours).boxed()
     };
     // Fails only if another subscriber was set before, which then stays.
     let subscriber = Registry::default().with(lines.with_filter(filter));
@@ -168,26 +177,63 @@ impl<W: io::Write> io::Write for OneLine<W> {
     /// Takes a whole event, which ends in a line break.
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
         let text = event.strip_suffix(b"\n").unwrap_or(event);
-        if text.iter().any(|byte| matches!(byte, b'\n' | b'\r')) {
-            let mut line = Vec::with_capacity(event.len() + 64);
-            for byte in text {
-                match byte {
-                    b'\n' => line.extend(b"\\n"),
-                    b'\r' => line.extend(b"\\r"),
-                    byte => line.push(*byte),
-                }
-            }
-            line.push(b'\n');
-            self.0.write_all(&line)?;
+        if text.iter().all(|byte| matches!(byte, b' '..=b'~')) {
+            self.to.write_all(event)?;
         } else {
-            self.0.write_all(event)?;
+            let mut line = visible(&String::from_utf8_lossy(text), self.colours);
+            line.push('\n');
+            self.to.write_all(line.as_bytes())?;
         }
         Ok(event.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
+        self.to.flush()
     }
+}
+
+/// The same text with escapes, as JSON has them, in the place of what cannot be seen:
+/// control and format characters, line and paragraph separators, those that change the
+/// direction of what follows. `colours`: those of an event stay.
+fn visible(text: &str, colours: bool) -> String {
+    let mut visible = String::with_capacity(text.len() + 64);
+    let mut rest = text;
+    while let Some(c) = rest.chars().next() {
+        if colours && let Some(colour) = colour_at(rest) {
+            visible.push_str(colour);
+            rest = &rest[colour.len()..];
+            continue;
+        }
+        rest = &rest[c.len_utf8()..];
+        match c {
+            '\n' => visible.push_str("\\n"),
+            '\r' => visible.push_str("\\r"),
+            '\t' => visible.push_str("\\t"),
+            ' '..='~' => visible.push(c),
+            c if can_be_seen(c) => visible.push(c),
+            c => {
+                for unit in c.encode_utf16(&mut [0; 2]) {
+                    visible.push_str(&format!("\\u{unit:04x}"));
+                }
+            }
+        }
+    }
+    visible
+}
+
+/// The standard library knows what cannot be seen. (Behind a letter, so that an accent
+/// which combines with it can be.)
+fn can_be_seen(c: char) -> bool {
+    let text = String::from_iter(['a', c]);
+    text.escape_debug().nth(1) == Some(c)
+}
+
+/// The escape sequence for a colour that `text` begins with: `ESC [ 2 ; 31 m`.
+fn colour_at(text: &str) -> Option<&str> {
+    let parameters = text.strip_prefix("\u{1b}[")?;
+    let end = parameters.find(|c: char| !c.is_ascii_digit() && c != ';')?;
+    let is_colour = parameters[end..].starts_with('m');
+    is_colour.then(|| &text[..text.len() - parameters.len() + end + 1])
 }
 
 #[cfg(test)]
@@ -248,16 +294,60 @@ mod tests {
         }
     }
 
+    fn written(event: &str, colours: bool) -> String {
+        let mut written = Vec::new();
+        let mut line = OneLine {
+            to: &mut written,
+            colours,
+        };
+        line.write_all(event.as_bytes()).unwrap();
+        String::from_utf8(written).unwrap()
+    }
+
     #[test]
-    fn an_event_is_one_line() {
+    fn an_event_is_one_line_of_what_can_be_seen() {
         for (event, line) in [
             ("INFO plain\n", "INFO plain\n"),
             ("INFO a\nERROR b\r\n\n", "INFO a\\nERROR b\\r\\n\n"),
             ("", ""),
+            ("Zürich 東京 👍 e\u{301}\n", "Zürich 東京 👍 e\u{301}\n"),
+            (
+                "\0\u{7f}\u{85}\u{9b}2J\t\n",
+                "\\u0000\\u007f\\u0085\\u009b2J\\t\n",
+            ),
+            (
+                "\u{202e}\u{2066}\u{61c}\u{200f}\u{2028}\u{2029}\u{ad}\u{feff}\u{200b}\n",
+                "\\u202e\\u2066\\u061c\\u200f\\u2028\\u2029\\u00ad\\ufeff\\u200b\n",
+            ),
+            // A tag, which is written in two units.
+            ("\u{e0041}\n", "\\udb40\\udc41\n"),
+            ("\u{1b}[31mred\n", "\\u001b[31mred\n"),
         ] {
-            let mut written = Vec::new();
-            OneLine(&mut written).write_all(event.as_bytes()).unwrap();
-            assert_eq!(String::from_utf8(written).unwrap(), line);
+            assert_eq!(written(event, false), line);
         }
+    }
+
+    #[test]
+    fn colours_are_all_that_an_event_may_tell_a_terminal() {
+        let colours = "\u{1b}[2;31mred\u{1b}[0m\n";
+        assert_eq!(written(colours, true), colours);
+        for (event, line) in [
+            ("\u{1b}[2J\n", "\\u001b[2J\n"),
+            ("\u{1b}[31\n", "\\u001b[31\n"),
+            ("\u{1b}]0;title\u{7}\n", "\\u001b]0;title\\u0007\n"),
+            ("\u{1b}\n", "\\u001b\n"),
+        ] {
+            assert_eq!(written(event, true), line);
+        }
+    }
+
+    #[test]
+    fn what_was_json_is_the_same_json() {
+        let texts: String = (0..=0x10_ffffu32).filter_map(char::from_u32).collect();
+        let json = serde_json::to_string(&texts).unwrap();
+        let line = written(&format!("{json}\n"), false);
+        assert_eq!(serde_json::from_str::<String>(&line).unwrap(), texts);
+        let unseen = |c: char| c.is_control() || "\u{2028}\u{202e}\u{feff}".contains(c);
+        assert!(!line.trim_end().contains(unseen));
     }
 }

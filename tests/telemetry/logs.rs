@@ -17,6 +17,13 @@ use crate::{
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 
+/// Begins a control sequence; breaks a line, or the direction, in what shows the log.
+const UNSEEN: &str = "\u{9b}\u{85}\u{2028}\u{2029}\u{202e}\u{2066}\u{200f}\u{feff}\u{e0041}";
+
+fn is_unseen(c: char) -> bool {
+    c.is_control() || UNSEEN.contains(c)
+}
+
 fn named<T>(id: &str, message: T) -> Request<T> {
     let mut request = Request::new(message);
     let metadata = request.metadata_mut();
@@ -30,6 +37,7 @@ fn event_of(service: &Service, id: &str) -> Value {
     let log = service.log();
     let lines: Vec<_> = log.iter().filter(|line| line.contains(id)).collect();
     assert_eq!(lines.len(), 1, "{lines:#?}");
+    assert!(!lines[0].contains(is_unseen), "{:?}", lines[0]);
     serde_json::from_str(lines[0]).unwrap()
 }
 
@@ -38,7 +46,7 @@ async fn each_call_is_one_event_with_everything_that_is_known_of_it() {
     let redis = RedisServer::start().await;
     let service = Service::start(&["--redis-url", &redis.url(), "--log-level", "debug"]);
     let mut client = service.client().await;
-    let odd_key = format!("a\nb\t\u{1b}[31m\"{}", "x".repeat(4_000));
+    let odd_key = format!("a\nb\t\u{1b}[31m\"{UNSEEN}{}", "x".repeat(4_000));
 
     let mut traced = named("the-store", store_request(&odd_key));
     let traceparent = format!("00-{TRACE}-00f067aa0ba902b7-01");
@@ -123,14 +131,14 @@ async fn a_key_cannot_forge_a_line_of_the_text_log() {
     let mut client = GroupStateServiceClient::connect(format!("http://{addr}"))
         .await
         .unwrap();
-    let key = "k\n2026-01-01T00:00:00Z ERROR forged\r\u{1b}[2J";
+    let key = format!("k\n2026-01-01T00:00:00Z ERROR forged\r\u{1b}[2J{UNSEEN}");
     client
-        .load(named("the-load", load_request(key)))
+        .load(named("the-load", load_request(&key)))
         .await
         .unwrap_err();
     let line = line_with("the-load");
     assert!(line.contains("DEBUG") && line.contains("forged"), "{line}");
-    assert!(!line.contains(['\u{1b}', '\r']), "{line:?}");
+    assert!(!line.contains(is_unseen), "{line:?}");
 }
 
 #[tokio::test]
