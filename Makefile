@@ -2,7 +2,7 @@
 # `run` needs Rust, gcc and make; the rest needs what `tools` installs.
 
 .DEFAULT_GOAL := help
-.PHONY: run test chaos afterwards replicas matrix failover-times bench bench-check abuse fuzz random-client deny coverage lint dist tools proto-image prometheus-rule clean-tools next-step help
+.PHONY: run test chaos afterwards replicas matrix failover-times bench bench-check abuse fuzz random-client deny advisories sbom pin-images coverage lint dist tools proto-image prometheus-rule clean-tools next-step help
 .NOTPARALLEL:
 
 PROTO_IMAGE := proto/groupstate.v1.binpb
@@ -18,7 +18,7 @@ run: ## Build and start the service, by default with groups in memory; ARGS='--r
 	@exec cargo run --release --locked --quiet --bin groupstate -- $(ARGS)
 
 test: tools ## Install what the tests need, then run them all
-	cargo test --locked
+	cargo test --locked --no-fail-fast
 
 chaos: tools ## Try many fault schedules; SEEDS=1..100 (or a count), POLICY=discard or reconcile, JOBS=2 side by side, REDIS=sentinel or cluster
 	CHAOS_SEEDS='$(SEEDS)' CHAOS_POLICY='$(POLICY)' CHAOS_JOBS='$(JOBS)' CHAOS_REDIS='$(REDIS)' \
@@ -61,6 +61,29 @@ random-client: tools ## Send anything to the service for SECONDS=60, in memory a
 # Not a part of `lint`: to build cargo-deny takes minutes.
 deny: .tools/bin/cargo-deny ## Check the licences of what we depend on, where it comes from, and what is there twice
 	$< --locked check licenses bans sources
+
+# The database is a repository on GitHub. Where it cannot be reached, that is said and is
+# no error, unless ADVISORIES=required.
+ADVISORY_DATABASE = $(shell sed -n 's/^db-urls = \["\(.*\)"\]$$/\1/p' deny.toml)
+advisories: .tools/bin/cargo-deny ## Look for security advisories about what we depend on; ADVISORIES=required fails where their database cannot be had
+	@if timeout 30 git ls-remote --exit-code $(ADVISORY_DATABASE) HEAD >/dev/null; then \
+		$< --locked check advisories; \
+	else \
+		echo 'advisories: NOT CHECKED, $(ADVISORY_DATABASE) cannot be reached' >&2; \
+		test '$(ADVISORIES)' != required; \
+	fi
+
+# Of what is in the program, and not of what builds and tests it.
+sbom: .tools/bin/cargo-cyclonedx ## Write what the program is made of to target/groupstate.cdx.json, in CycloneDX
+	PATH="$(CURDIR)/.tools/bin:$$PATH" cargo cyclonedx --format json --spec-version 1.5 --no-build-deps \
+		--target x86_64-unknown-linux-gnu --override-filename groupstate.cdx
+	mv groupstate.cdx.json target/
+
+.tools/bin/cargo-cyclonedx:
+	cargo install cargo-cyclonedx --locked --version 0.5.9 --root .tools
+
+pin-images: ## Write the digest of each image behind its tag, as the registries have it; needs docker
+	deploy/pin-images
 
 .tools/bin/cargo-deny:
 	cargo install cargo-deny --locked --version 0.20.2 --root .tools
