@@ -29,7 +29,7 @@ fn well() -> Condition {
             resident_bytes: 10 << 20,
             threads: 5,
             descriptors: 20,
-            connections: 4,
+            connections: vec![4],
             log_lines: 0,
         },
     }
@@ -79,8 +79,9 @@ fn an_instance_that_takes_more_or_has_fewer_connections_is_worse() {
     assert_eq!(worse(|now| now.needs.resident_bytes = 50 << 20), 1);
     assert_eq!(worse(|now| now.needs.threads = 50), 1);
     assert_eq!(worse(|now| now.needs.descriptors = 21), 1);
-    assert_eq!(worse(|now| now.needs.connections = 5), 1);
-    assert_eq!(worse(|now| now.needs.connections = 3), 1);
+    assert_eq!(worse(|now| now.needs.connections = vec![5]), 1);
+    assert_eq!(worse(|now| now.needs.connections = vec![3]), 1);
+    assert_eq!(worse(|now| now.needs.connections = vec![4, 0]), 1);
     assert_eq!(worse(|now| now.needs.log_lines = 1), 1);
 }
 

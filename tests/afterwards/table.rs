@@ -66,7 +66,9 @@ fn needs(row: &Row) -> Vec<String> {
         both(row, |now| mib(now.needs.resident_bytes)),
         both(row, |now| now.needs.threads.to_string()),
         both(row, |now| now.needs.descriptors.to_string()),
-        both(row, |now| now.needs.connections.to_string()),
+        both(row, |now| {
+            now.needs.connections.iter().sum::<usize>().to_string()
+        }),
     ]
 }
 

@@ -52,15 +52,15 @@ pub struct Times {
 }
 
 /// What an instance takes while nobody calls it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Needs {
     /// The share of one processor.
     pub cpu: f64,
     pub resident_bytes: usize,
     pub threads: usize,
     pub descriptors: usize,
-    /// Connections as Redis counts them, of all primaries.
-    pub connections: usize,
+    /// Connections as each primary counts them.
+    pub connections: Vec<usize>,
     /// What it has logged meanwhile.
     pub log_lines: usize,
 }
@@ -197,9 +197,9 @@ impl Subject<'_> {
         let (cpu, lines, begin) = (cpu_time(process), self.service.log().len(), Instant::now());
         tokio::time::sleep(IDLE).await;
         let spent = cpu_time(process).saturating_sub(cpu);
-        let mut connections = 0;
+        let mut connections = Vec::new();
         for primary in self.primaries {
-            connections += connections_to(primary).await;
+            connections.push(connections_to(primary).await);
         }
         let count =
             |what| fs::read_dir(format!("/proc/{process}/{what}")).map_or(0, Iterator::count);
@@ -408,7 +408,7 @@ impl Condition {
                 }
             }
         }
-        let (then, now) = (before.needs, self.needs);
+        let (then, now) = (&before.needs, &self.needs);
         let mut judge = |what: &str, then: usize, now: usize, slack: usize| {
             if now > then + slack {
                 worse.push(format!("{what}: {then} before, {now} now"));
@@ -422,11 +422,16 @@ impl Condition {
         );
         judge("threads", then.threads, now.threads, THREADS_SLACK);
         judge("open files", then.descriptors, now.descriptors, 0);
-        judge("connections to Redis", then.connections, now.connections, 0);
         judge("lines of log while idle", 0, now.log_lines, 0);
-        if now.connections < then.connections {
-            let (then, now) = (then.connections, now.connections);
-            worse.push(format!("only {now} of {then} connections to Redis"));
+        // A connection to a cluster leads to every primary, and once more to any server,
+        // of which it asks who holds what.
+        let all = |needs: &Needs| needs.connections.iter().sum::<usize>();
+        let fewest = |needs: &Needs| needs.connections.iter().min().copied();
+        if all(now) > all(then) || fewest(now) < fewest(then) {
+            let (then, now) = (&then.connections, &now.connections);
+            worse.push(format!(
+                "connections to Redis: {then:?} before, {now:?} now"
+            ));
         }
         if now.cpu > (3.0 * then.cpu).max(then.cpu + CPU_SLACK) {
             let (then, now) = (then.cpu * 100.0, now.cpu * 100.0);
