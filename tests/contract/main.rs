@@ -187,6 +187,7 @@ macro_rules! every_store_keeps_the_contract {
                 a_version_does_not_come_back_after_a_delete,
                 a_version_does_not_come_back_after_an_expiry,
                 a_group_expires,
+                a_load_that_meets_a_create_or_a_delete_sees_the_group_or_none,
                 keep_ttl_keeps_what_is_left,
                 keep_ttl_of_a_new_group_is_the_default,
                 a_group_called_index_is_a_group,

@@ -305,6 +305,30 @@ pub async fn strange_keys_are_ordinary_keys(store: Store) {
     }
 }
 
+/// However many commands a Load takes: it never sees half of what happens meanwhile.
+pub async fn a_load_that_meets_a_create_or_a_delete_sees_the_group_or_none(store: Store) {
+    const ROUNDS: usize = 300;
+    let writer = tokio::spawn({
+        let store = store.clone();
+        async move {
+            for _ in 0..ROUNDS {
+                put(&store, &group("k", &["a"])).await;
+                let deleted = store.delete(&key("k"), None, Deadline::NONE).await;
+                deleted.unwrap();
+            }
+        }
+    });
+    while !writer.is_finished() {
+        for with_expiry in [false, true] {
+            let found = store.load(&key("k"), with_expiry, Deadline::NONE).await;
+            if let Some(found) = found.unwrap().value {
+                assert!(found.group.alerts.contains_key("a"));
+            }
+        }
+    }
+    writer.await.unwrap();
+}
+
 pub async fn a_prefix_is_taken_as_it_is(store: Store) {
     for name in ["a*1", "a*2", "ab1", "a?1", "a[1]", "a1", "b"] {
         put(&store, &group(name, &[])).await;

@@ -224,6 +224,29 @@ async fn a_load_in_a_hurry_is_answered_from_memory_if_it_knows_the_group() {
     .await;
 }
 
+/// The time that the service has lost says nothing of Redis, so the switch may stay
+/// closed; but memory knows the group, and Redis has not answered.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_load_that_the_machine_has_held_up_is_answered_all_the_same() {
+    let mut scene = Scene::new(&[]).await;
+    scene.store("k", &["a"]).await;
+    for _ in 0..3 {
+        scene.redis.process().signal("STOP");
+        let mut client = scene.client.clone();
+        let waiting = tokio::spawn(async move { load(&mut client, "k").await });
+        // While the switch is closed.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        scene.service.process().signal("STOP");
+        tokio::time::sleep(Duration::from_millis(900)).await;
+        scene.service.process().signal("CONT");
+        let loaded = waiting.await.unwrap();
+        scene.redis.process().signal("CONT");
+        let loaded = loaded.unwrap_or_else(|status| panic!("{status}"));
+        assert_eq!(fingerprints(&loaded), ["a"]);
+        scene.wait_until_back().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_conflicts_do_not_open_it() {
     let mut scene = Scene::new(&[]).await;
