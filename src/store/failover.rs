@@ -57,7 +57,8 @@ struct RedisTurn {
 enum Diverted {
     /// It did, with an error.
     Answered(Failure),
-    /// It had too little time, by the caller's own deadline.
+    /// It had too little time, by the caller's own deadline, or because this process
+    /// was held up.
     ShortOfTime(Failure),
     /// It cannot; memory can.
     ToMemory,
@@ -198,6 +199,7 @@ impl Failover {
         let failure = Backend::Redis.fails(failed.error);
         match failed.cause {
             Cause::Answered => Diverted::Answered(failure),
+            Cause::HeldUp => Diverted::ShortOfTime(failure),
             Cause::ShortOfTime if time.is_limited_by_caller() => Diverted::ShortOfTime(failure),
             Cause::ShortOfTime => {
                 self.switch.fails(period, "a call was not answered in time");

@@ -19,13 +19,17 @@ struct Request {
     end: usize,
 }
 
-/// The scripts that write, told apart by how many `ARGV` they get, and which of
-/// these is the deadline.
+/// The scripts that write, told apart by how many `ARGV` they get at most, and which
+/// of these is the deadline.
 pub const DEADLINES: [(usize, usize); 3] = [
-    (10, 5), // write.lua
-    (5, 2),  // delete.lua
-    (6, 4),  // restore.lua
+    (12, 5), // write.lua
+    (7, 2),  // delete.lua
+    (8, 4),  // restore.lua
 ];
+
+/// The last `ARGV` are there only where the script has asked for the version of what is
+/// stored.
+const TOLD: usize = 2;
 
 /// `EVALSHA`, the digest, the number of keys, and the key.
 const BEFORE_ARGV: usize = 4;
@@ -111,7 +115,8 @@ impl Request {
             return None;
         }
         let argv = self.arguments.get(BEFORE_ARGV..)?;
-        let (_, deadline) = DEADLINES.iter().find(|(count, _)| *count == argv.len())?;
+        let counts = [argv.len(), argv.len() + TOLD];
+        let (_, deadline) = DEADLINES.iter().find(|(most, _)| counts.contains(most))?;
         Some(argv[deadline - 1].clone())
     }
 }

@@ -336,8 +336,10 @@ impl<'a> Attempts<'a> {
         let was_held_up = lost >= self.connections.timeout() / 2;
         let out_of_time = self.timed_out || self.made == 0;
         let is_slow = out_of_time && (self.traffic.is_bulky() || was_held_up);
-        if self.no_turn || is_slow {
+        if self.no_turn {
             NotDone::answered(error)
+        } else if is_slow {
+            NotDone::held_up(error)
         } else if in_a_hurry {
             NotDone::short_of_time(error)
         } else {

@@ -98,6 +98,8 @@ pub enum Cause {
     Answered,
     /// Nothing: the caller's own deadline left too little time.
     ShortOfTime,
+    /// Nothing: this process was held up, or a large document took its time.
+    HeldUp,
     /// Redis is down, or refuses its work: why.
     Unwell(String),
 }
@@ -614,8 +616,13 @@ impl RedisStore {
         // One byte more shows that there are more.
         let value = attempt.run(Command::get_up_to(&place, most + 1)).await?;
         let json = script::bytes(&value).unwrap_or_default();
-        if json.is_empty() && !attempt.says_yes(Command::exists(&place)).await? {
-            return Ok(Bounded::Whole(None));
+        if json.is_empty() {
+            // Nothing, or a value of no bytes: what was there cannot be told any more,
+            // so it is read anew where something is.
+            return match attempt.says_yes(Command::exists(&place)).await? {
+                true => Box::pin(self.try_read(key, true, most, attempt)).await,
+                false => Ok(Bounded::Whole(None)),
+            };
         }
         if json.len() > most {
             let size = attempt.run(Command::str_len(&place)).await?;
@@ -784,6 +791,13 @@ impl NotDone {
         Self {
             error,
             cause: Cause::ShortOfTime,
+        }
+    }
+
+    fn held_up(error: StoreError) -> Self {
+        Self {
+            error,
+            cause: Cause::HeldUp,
         }
     }
 
