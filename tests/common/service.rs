@@ -20,6 +20,8 @@ pub struct Service {
     addr: String,
     http_addr: String,
     log: Arc<Mutex<Vec<String>>>,
+    /// Reads the log until the process has ended.
+    reading: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Service {
@@ -53,7 +55,7 @@ impl Service {
         let stderr = BufReader::new(process.child.stderr.take().unwrap());
         let log: Arc<Mutex<Vec<String>>> = Arc::default();
         let lines = log.clone();
-        std::thread::spawn(move || {
+        let reading = std::thread::spawn(move || {
             for line in stderr.lines().map_while(Result::ok) {
                 lines.lock().unwrap().push(line);
             }
@@ -63,6 +65,7 @@ impl Service {
             addr: String::new(),
             http_addr: String::new(),
             log,
+            reading: Some(reading),
         };
         service.addr = service.wait_for_addr("serving gRPC");
         service.http_addr = service.wait_for_addr("serving HTTP");
@@ -144,11 +147,14 @@ impl Service {
         }
     }
 
-    /// Waits until the process has ended.
+    /// Waits until the process has ended and its log has been read to the end.
     pub fn wait_for_exit(&mut self, bound: Duration) -> ExitStatus {
         let bound = Bound::of(bound);
         loop {
             if let Some(status) = self.process.child.try_wait().unwrap() {
+                if let Some(reading) = self.reading.take() {
+                    reading.join().unwrap();
+                }
                 return status;
             }
             assert!(
