@@ -222,15 +222,19 @@ impl RedisCluster {
 }
 
 async fn start_node(node_timeout: Duration, more: &[&str]) -> RedisServer {
-    // The usual port of the bus, 10,000 above, may be taken or none at all.
-    let bus = free_address().port().to_string();
     let timeout = node_timeout.as_millis().to_string();
-    let settings = [
-        ["--cluster-enabled", "yes"],
-        ["--cluster-port", &bus],
-        ["--cluster-node-timeout", &timeout],
-    ];
-    RedisServer::start_with(&[settings.as_flattened(), more].concat()).await
+    RedisServer::start_with_each(|| {
+        // The usual port of the bus, 10,000 above, may be taken or none at all.
+        let bus = free_address().port().to_string();
+        let settings = [
+            ["--cluster-enabled", "yes"],
+            ["--cluster-port", &bus],
+            ["--cluster-node-timeout", &timeout],
+        ];
+        let all = settings.as_flattened().iter().chain(more);
+        all.map(ToString::to_string).collect()
+    })
+    .await
 }
 
 async fn setting(node: &RedisServer, name: &str) -> String {

@@ -44,15 +44,19 @@ impl RedisServer {
 
     /// With further settings, as on the command line of `redis-server`.
     pub async fn start_with(arguments: &[&str]) -> Self {
+        Self::start_with_each(|| arguments.iter().map(ToString::to_string).collect()).await
+    }
+
+    /// The same with other settings for each try: another process may take a port
+    /// before Redis does.
+    pub async fn start_with_each(mut arguments: impl FnMut() -> Vec<String>) -> Self {
         let mut folder = TempDir::new().unwrap();
-        let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
-        // Another process may take the port before Redis does.
         for _ in 0..10 {
-            let addr = free_address();
+            let (addr, arguments) = (free_address(), arguments());
             let mut server = Self {
                 process: spawn(addr, &arguments, &folder),
                 addr,
-                arguments: arguments.clone(),
+                arguments,
                 folder,
             };
             if server.is_up().await {
