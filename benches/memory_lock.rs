@@ -7,6 +7,10 @@
 //! have to wait. What others do differs from round to round, and what the lock is held
 //! for does not: so the least of three rounds counts, and it fails when that is more
 //! than 1 ms.
+//!
+//! With `MIMALLOC_PURGE_DELAY=-1` the allocator gives no memory back to the system.
+//! Otherwise it does so now and then in the call that happens to allocate or free just
+//! then, some milliseconds for each 32 MiB, and no code here can say when.
 
 use std::{
     collections::BTreeMap,

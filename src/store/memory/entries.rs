@@ -150,7 +150,7 @@ impl Entries {
     /// With a million groups: some 0.1 ms.
     const STEP: Step = Step {
         looks_at: 500,
-        removes: 100,
+        removes: 30,
     };
 
     pub fn new(max_bytes: usize, now: Instant) -> Self {

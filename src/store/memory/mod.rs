@@ -495,7 +495,7 @@ impl Litters for Held {
 impl Shared {
     /// A sweep of many entries pauses after so many steps, for so long: 100,000
     /// entries take about a second.
-    const STEPS_AT_ONCE: u64 = 2;
+    const STEPS_AT_ONCE: u64 = 8;
     const PAUSE: Duration = Duration::from_millis(1);
 
     fn lock(&self) -> Guard<'_, Held> {
