@@ -7,7 +7,7 @@ use crate::{PREFIX, dashboard, rules, text};
 
 /// Every metric of the service that a rule or a panel uses, without its prefix.
 /// The live test asks a running service for each of them.
-pub const METRICS: [&str; 32] = [
+pub const METRICS: [&str; 33] = [
     "authentication_failures_total",
     "build_info",
     "calls_shed_total",
@@ -26,6 +26,7 @@ pub const METRICS: [&str; 32] = [
     "mirror_dirty_entries",
     "mirror_entries",
     "mirror_max_bytes",
+    "mirror_tombstones",
     "redis_duration_seconds_bucket",
     "redis_duration_seconds_count",
     "redis_may_evict",
