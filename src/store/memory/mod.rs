@@ -493,11 +493,6 @@ impl Litters for Held {
 // === impl Shared ===
 
 impl Shared {
-    /// A sweep of many entries pauses after so many steps, for so long: 100,000
-    /// entries take about a second.
-    const STEPS_AT_ONCE: u64 = 8;
-    const PAUSE: Duration = Duration::from_millis(1);
-
     fn lock(&self) -> Guard<'_, Held> {
         self.held.lock()
     }
@@ -523,18 +518,8 @@ impl Shared {
 
     /// Removes what has expired or was dropped, in steps.
     async fn sweep(&self) {
-        for step in 1u64.. {
-            let swept = self.step(|held| held.entries.sweep(Instant::now()));
-            if swept.is_ok() {
-                return;
-            }
-            // Nobody waits for it. The allocator gives memory to the system now and
-            // then: the less has come together, the sooner that is done.
-            if step % Self::STEPS_AT_ONCE == 0 {
-                tokio::time::sleep(Self::PAUSE).await;
-            } else {
-                tokio::task::yield_now().await;
-            }
+        while self.step(|held| held.entries.sweep(Instant::now())) == Err(NotYet) {
+            tokio::task::yield_now().await;
         }
     }
 
