@@ -332,7 +332,7 @@ impl<'a> Attempts<'a> {
         // Large documents may take longer than a call has, and those who wait for them
         // say nothing of Redis: its health is judged on another connection. Nor does
         // time that we have lost ourselves.
-        let lost = self.connections.stalls().lost() - self.lost_before;
+        let lost = self.connections.stalls().lost_since(self.lost_before);
         let was_held_up = lost >= self.connections.timeout() / 2;
         let out_of_time = self.timed_out || self.made == 0;
         let is_slow = out_of_time && (self.traffic.is_bulky() || was_held_up);

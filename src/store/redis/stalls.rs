@@ -3,50 +3,70 @@
 //! nothing of Redis.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
     time::Duration,
 };
 
 use tokio::time::Instant;
 
-use super::link::lock;
-
 /// Measures the time that is lost, by a task that wants to run now and then.
+/// Every call asks, so there is no lock.
 #[derive(Debug)]
-pub struct Stalls(Mutex<Ticks>);
-
-#[derive(Debug)]
-struct Ticks {
-    lost: Duration,
-    /// When the task wants to run next.
-    next: Instant,
+pub struct Stalls {
+    /// Where the moments below begin.
+    started: Instant,
+    /// What was lost until the task has run last, in microseconds.
+    lost: AtomicU64,
+    /// When the task wants to run next, in microseconds.
+    next: AtomicU64,
 }
 
 // === impl Stalls ===
 
 impl Stalls {
     const TICK: Duration = Duration::from_millis(50);
+    /// So much later than asked for is nothing unusual.
+    const TOLERANCE: Duration = Duration::from_millis(10);
 
     pub fn new() -> Self {
-        Self(Mutex::new(Ticks {
-            lost: Duration::ZERO,
-            next: Instant::now() + Self::TICK,
-        }))
+        Self {
+            started: Instant::now(),
+            lost: AtomicU64::new(0),
+            next: AtomicU64::new(micros(Self::TICK)),
+        }
     }
 
     /// Measures for ever.
     pub async fn measure(self: Arc<Self>) {
         loop {
-            let next = lock(&self.0).next;
-            tokio::time::sleep_until(next).await;
-            lock(&self.0).tick(Instant::now());
+            tokio::time::sleep(Self::TICK).await;
+            let late = self.late();
+            // In this order what is late is never counted twice.
+            let next = self.started.elapsed() + Self::TICK;
+            self.next.store(micros(next), SeqCst);
+            self.lost.fetch_add(micros(late), SeqCst);
         }
     }
 
-    /// All the time that was lost so far. Of use is the difference between two of
-    /// these.
+    /// All the time that was lost so far. Of use is what it has grown by, see
+    /// [`Self::lost_since`].
     pub fn lost(&self) -> Duration {
-        lock(&self.0).lost_at(Instant::now())
+        Duration::from_micros(self.lost.load(SeqCst)) + self.late()
+    }
+
+    /// The time that was lost since it was `before` in all.
+    pub fn lost_since(&self, before: Duration) -> Duration {
+        self.lost().saturating_sub(before)
+    }
+
+    /// By how much the task is late now.
+    fn late(&self) -> Duration {
+        let next = Duration::from_micros(self.next.load(SeqCst));
+        let late = self.started.elapsed().saturating_sub(next);
+        late.saturating_sub(Self::TOLERANCE)
     }
 
     /// Awaits `future` until `end`, and as much longer as this process was held up
@@ -59,7 +79,7 @@ impl Stalls {
             if let Ok(output) = tokio::time::timeout_at(until, future.as_mut()).await {
                 return Some(output);
             }
-            let longer = end + (self.lost() - before);
+            let longer = end + self.lost_since(before);
             if longer <= until {
                 return None;
             }
@@ -68,21 +88,8 @@ impl Stalls {
     }
 }
 
-// === impl Ticks ===
-
-impl Ticks {
-    /// So much later than asked for is nothing unusual.
-    const TOLERANCE: Duration = Duration::from_millis(10);
-
-    fn tick(&mut self, now: Instant) {
-        self.lost = self.lost_at(now);
-        self.next = now + Stalls::TICK;
-    }
-
-    fn lost_at(&self, now: Instant) -> Duration {
-        let late = now.saturating_duration_since(self.next);
-        self.lost + late.saturating_sub(Self::TOLERANCE)
-    }
+fn micros(duration: Duration) -> u64 {
+    duration.as_micros().try_into().unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
