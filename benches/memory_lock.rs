@@ -8,9 +8,7 @@
 //! for does not: so the least of three rounds counts, and it fails when that is more
 //! than 1 ms.
 //!
-//! With `MIMALLOC_PURGE_DELAY=-1` the allocator gives no memory back to the system.
-//! Otherwise it does so now and then in the call that happens to allocate or free just
-//! then, some milliseconds for each 32 MiB, and no code here can say when.
+//! The allocator is that of the service, with its thread that gives memory back.
 
 use std::{
     collections::BTreeMap,
@@ -31,9 +29,8 @@ use groupstate::{
     version::{InstanceId, Version},
 };
 
-/// As in the service: that of the C library now and then goes over all that was freed.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+#[path = "../src/allocator.rs"]
+mod allocator;
 
 const BOUND: Duration = Duration::from_millis(1);
 /// Lets all groups in.
@@ -63,6 +60,7 @@ struct Row {
 
 #[tokio::main]
 async fn main() {
+    allocator::give_back_apart().expect("a thread");
     let groups = std::env::var("GROUPS")
         .ok()
         .and_then(|groups| groups.parse().ok())

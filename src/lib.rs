@@ -24,6 +24,8 @@
 //! | [`group`] | the domain |
 //! | [`version`] | versions, write ids, the clock of Redis |
 
+#![forbid(unsafe_code)]
+
 pub mod accept;
 pub mod admin;
 pub mod auth;

@@ -1,5 +1,7 @@
 //! Settings, telemetry, server, and nothing else.
 
+mod allocator;
+
 use std::{io, process::ExitCode};
 
 use groupstate::{
@@ -11,11 +13,6 @@ use tokio::{
     runtime,
     signal::unix::{Signal, SignalKind, signal},
 };
-
-/// A call makes and drops hundreds of small pieces, on whichever thread it is just
-/// then: the allocator of the C library takes a fifth of a call's time for that.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// So many tasks of a thread go first before it looks for what has come in, and for tasks
 /// that it shares with the others. With tokio's own number, 61, a call that is refused under
@@ -33,6 +30,10 @@ struct Signals {
 }
 
 fn main() -> ExitCode {
+    if let Err(error) = allocator::give_back_apart() {
+        eprintln!("error: cannot start threads: {error}");
+        return ExitCode::FAILURE;
+    }
     let runtime = runtime::Builder::new_multi_thread()
         .enable_all()
         .event_interval(TURN)
@@ -122,5 +123,44 @@ impl Signals {
             _ = self.hang_up.recv() => Stop::AfterDelay,
             _ = self.interrupt.recv() => Stop::Now,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::allocator::{NEVER, PURGE_DELAY, give_back, set_purge_delay};
+
+    /// The number of the option is that of the mimalloc in Cargo.lock: its default is one
+    /// second.
+    #[test]
+    #[expect(unsafe_code, reason = "a call of C that reads a number")]
+    fn freed_memory_is_given_back_when_it_is_asked_for() {
+        // SAFETY: mimalloc reads any option, from any thread.
+        let delay = || unsafe { libmimalloc_sys::mi_option_get(PURGE_DELAY) };
+        assert_eq!(delay(), 1_000);
+        set_purge_delay(NEVER);
+        assert_eq!(delay(), NEVER);
+
+        let before = resident_kib();
+        let pieces: Vec<Vec<u8>> = (0..1_024).map(|_| vec![1; 64 << 10]).collect();
+        let full = resident_kib();
+        assert!(full > before + (60 << 10), "{before} -> {full} KiB");
+        drop(pieces);
+        give_back();
+        let after = resident_kib();
+        assert!(
+            after < before + (16 << 10),
+            "{before} -> {full} -> {after} KiB"
+        );
+    }
+
+    fn resident_kib() -> u64 {
+        let status = fs::read_to_string("/proc/self/status").expect("Linux");
+        let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+        line.and_then(|line| line.split_whitespace().nth(1))
+            .and_then(|kib| kib.parse().ok())
+            .expect("VmRSS in KiB")
     }
 }
