@@ -10,13 +10,13 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     sync::{mpsc, watch},
     task::JoinHandle,
     time::Instant,
 };
 
-use super::{late_requests::LateRequests, redis_server, resp::Requests, stalls::Bound};
+use super::{late_requests::LateRequests, redis_server, resp::Requests};
 
 /// Passes connections on to a server, with faults on demand. Ends when dropped.
 pub struct FaultProxy {
@@ -26,6 +26,8 @@ pub struct FaultProxy {
     late: Arc<LateRequests>,
     /// None while new connections are refused.
     accepting: Option<JoinHandle<()>>,
+    /// Keeps the port while new connections are refused: others must not get it.
+    _port: TcpSocket,
 }
 
 /// Which way bytes vanish.
@@ -55,15 +57,16 @@ struct Behaviour {
 
 impl FaultProxy {
     pub async fn start(upstream: SocketAddr) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = bind("127.0.0.1:0".parse().unwrap());
         let mut proxy = Self {
-            addr: listener.local_addr().unwrap(),
+            addr: port.local_addr().unwrap(),
             upstream,
             behaviour: watch::Sender::default(),
             late: LateRequests::new(upstream),
             accepting: None,
+            _port: port,
         };
-        proxy.accept_from(listener);
+        proxy.accept();
         proxy
     }
 
@@ -128,7 +131,7 @@ impl FaultProxy {
     pub async fn refuse(&mut self) {
         if let Some(accepting) = self.accepting.take() {
             accepting.abort();
-            // The port is free when the task is gone.
+            // Nobody listens when the task is gone.
             let _ = accepting.await;
         }
     }
@@ -138,26 +141,15 @@ impl FaultProxy {
     pub async fn lead_to(&mut self, upstream: SocketAddr) {
         self.refuse().await;
         self.upstream = upstream;
-        self.accept().await;
+        self.accept();
     }
 
     /// Takes new connections again.
-    pub async fn accept(&mut self) {
+    pub fn accept(&mut self) {
         if self.accepting.is_some() {
             return;
         }
-        let bound = Bound::of(Duration::from_secs(5));
-        loop {
-            match TcpListener::bind(self.addr).await {
-                Ok(listener) => return self.accept_from(listener),
-                // A client of somebody else may hold the port for a moment.
-                Err(error) => assert!(!bound.is_over(), "{}: {error}", self.addr),
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    }
-
-    fn accept_from(&mut self, listener: TcpListener) {
+        let listener: TcpListener = bind(self.addr).listen(1_024).unwrap();
         let (upstream, behaviour) = (self.upstream, self.behaviour.subscribe());
         let late = self.late.clone();
         self.accepting = Some(tokio::spawn(async move {
@@ -174,6 +166,14 @@ impl Drop for FaultProxy {
             accepting.abort();
         }
     }
+}
+
+/// A socket at an address where others of ours may be as well.
+fn bind(addr: SocketAddr) -> TcpSocket {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_reuseport(true).unwrap();
+    socket.bind(addr).unwrap();
+    socket
 }
 
 /// Carries one connection until either end closes it, it is reset, or the proxy

@@ -314,7 +314,7 @@ impl Site {
                 }
                 end.await;
                 for proxy in &mut struck {
-                    proxy.accept().await;
+                    proxy.accept();
                 }
             }
             Fault::FlapReset(period) => {

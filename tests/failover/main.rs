@@ -74,7 +74,7 @@ impl Scene {
 
     /// Ends that, and waits until Redis answers and knows everything.
     async fn reconnect(&mut self) {
-        self.proxy.accept().await;
+        self.proxy.accept();
         self.wait_until_back().await;
     }
 

@@ -100,7 +100,7 @@ async fn two_instances_that_were_both_degraded_merge_their_groups() {
     scene.cut_off().await;
     store(&mut other_client, "k", &["theirs"]).await;
     scene.store("k", &["ours"]).await;
-    scene.proxy.accept().await;
+    scene.proxy.accept();
     wait_until("both are in one group", BACK_WITHIN, async || {
         let loaded = load(&mut scene.client.clone(), "k").await.unwrap();
         loaded.backend == REDIS && fingerprints(&loaded) == ["ours", "theirs"]
@@ -143,7 +143,7 @@ async fn a_call_on_a_key_that_redis_does_not_know_carries_it_over_first() {
         let stored = scene.client.store_all(batch).await.unwrap().into_inner();
         assert_eq!(stored.backend, MEMORY);
     }
-    scene.proxy.accept().await;
+    scene.proxy.accept();
     wait_until("Redis answers", BACK_WITHIN, async || {
         scene.service.health().await["switch"]["state"] == "closed"
     })
