@@ -24,9 +24,9 @@ use groupstate::{
     store::{
         Deadline, Expiry,
         documents::{Condition, DocumentStore, Write},
-        memory::{MemoryStore, Server, Shown, times},
+        memory::{Loss, MemoryStore, Ours, Shown, times},
     },
-    version::{InstanceId, Version},
+    version::{InstanceId, RedisClock, Version},
 };
 
 #[path = "../src/allocator.rs"]
@@ -127,7 +127,7 @@ impl Bench {
     /// Calls, listings, and an outage after which everything is dropped.
     async fn of_a_store_that_answers(&mut self) {
         let groups = self.groups;
-        let store = MemoryStore::mirror(MAX_BYTES, InstanceId::random());
+        let store = MemoryStore::mirror(MAX_BYTES, InstanceId::random(), RedisClock::default());
         store.stand_in();
         let fill = async {
             for number in 0..groups {
@@ -165,7 +165,7 @@ impl Bench {
         self.row("the metrics", async { store.usage() }).await;
 
         let discarded = self
-            .row("discard of all", async { store.step_back_and_discard() })
+            .row("discard of all", async { store.step_back_and_discard(&[]) })
             .await;
         assert_eq!(discarded, groups + 1);
         assert_eq!(store.usage().groups, 0);
@@ -184,7 +184,7 @@ impl Bench {
     /// all expire at once.
     async fn of_a_mirror_that_redis_fills(&mut self) {
         let groups = self.groups;
-        let store = MemoryStore::mirror(MAX_BYTES, InstanceId::random());
+        let store = MemoryStore::mirror(MAX_BYTES, InstanceId::random(), RedisClock::default());
         let expire = Instant::now() + Duration::from_secs(60);
         let learn_all = async {
             for number in 0..groups {
@@ -202,7 +202,7 @@ impl Bench {
             pending(&store),
         )
         .await;
-        store.step_back(Server::LostData);
+        store.step_back(vec![Loss::ALL]);
         self.row(
             "looking for what Redis has to be told: all",
             pending(&store),
@@ -224,7 +224,7 @@ impl Bench {
     /// A mirror of which all was changed in an outage.
     async fn of_a_mirror_that_is_told_of(&mut self) {
         let groups = self.groups;
-        let store = MemoryStore::mirror(MAX_BYTES, InstanceId::random());
+        let store = MemoryStore::mirror(MAX_BYTES, InstanceId::random(), RedisClock::default());
         for number in 0..groups {
             learn(&store, number, DAY);
         }
@@ -259,7 +259,7 @@ impl Bench {
             .await;
         let discarded = self
             .row("discard of all that Redis holds", async {
-                store.step_back_and_discard()
+                store.step_back_and_discard(&[])
             })
             .await;
         assert_eq!(discarded, groups);
@@ -271,7 +271,11 @@ impl Bench {
     async fn of_a_full_mirror(&mut self) {
         let small = key(self.groups - 1).as_str().len() + SMALL;
         // With less overhead than there is: the last ones let the first ones go.
-        let store = MemoryStore::mirror(self.groups * (small + 290), InstanceId::random());
+        let store = MemoryStore::mirror(
+            self.groups * (small + 290),
+            InstanceId::random(),
+            RedisClock::default(),
+        );
         for number in 0..self.groups {
             learn(&store, number, DAY);
         }
@@ -288,6 +292,7 @@ impl Bench {
                     json: json.clone(),
                     version: version(16),
                     left: Some(DAY),
+                    ours: Some(Ours { replaced: None }),
                 };
                 store.learn(
                     &GroupKey::new(format!("large {number}")).unwrap(),
@@ -308,7 +313,7 @@ impl Bench {
         self.row("a write of 1 MiB to a full mirror, 20 of them", write_large)
             .await;
         // Nothing may leave at first sight: Redis may have lost it all.
-        store.step_back(Server::LostData);
+        store.step_back(vec![Loss::ALL]);
         store.stand_in();
         let refused = async {
             for head in &heads {
@@ -383,6 +388,7 @@ fn learn(store: &MemoryStore, number: usize, left: Duration) {
         json: Bytes::from(vec![b' '; SMALL]),
         version: version(16),
         left: Some(left),
+        ours: Some(Ours { replaced: None }),
     };
     store.learn(&key(number), shown, store.ticket());
 }

@@ -19,7 +19,7 @@ use sha1::{Digest, Sha1};
 
 use crate::{
     group::{Alert, AlertGroup, GroupKey, GroupMetadata, null_as_default},
-    version::Version,
+    version::{InstanceId, Version},
 };
 
 /// A document that is to be written: all of it but the write id and the
@@ -258,6 +258,20 @@ impl Document {
             self.json.ends_with(tail.as_bytes())
         };
         self.version_in_tail().is_some_and(written)
+    }
+
+    /// Whether a call of this instance has written the document.
+    pub fn was_written_by_one_of(&self, instance: &InstanceId) -> bool {
+        let Some(version) = self.version_in_tail() else {
+            return false;
+        };
+        let tail = format!("\",\"version\":{version}}},\"version\":{version}}}");
+        let Some(rest) = self.json.strip_suffix(tail.as_bytes()) else {
+            return false;
+        };
+        let begin = format!("\"write_id\":\"{}-", instance.as_str());
+        let number = rest.iter().rev().take_while(|c| c.is_ascii_hexdigit());
+        rest[..rest.len() - number.count()].ends_with(begin.as_bytes())
     }
 
     /// The version in `},"version":N}` at the very end: what the scripts read of a

@@ -4,9 +4,11 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicI64, AtomicU64, Ordering},
     },
 };
+
+use tokio::time::Instant;
 
 /// The optimistic lock version of a stored group, at least 1: a hybrid logical
 /// timestamp in microseconds since 1970, always greater than the version it
@@ -43,6 +45,18 @@ struct Instance {
     name: String,
     /// The next write's number.
     next_write: AtomicU64,
+}
+
+/// What time it is in Redis, as far as it was heard. It goes on by our monotonic clock,
+/// so that a wall clock that is set here changes nothing. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct RedisClock(Arc<Heard>);
+
+#[derive(Debug)]
+struct Heard {
+    start: Instant,
+    /// The microseconds since 1970 in Redis at `start`; [`RedisClock::NEVER`].
+    at_start: AtomicI64,
 }
 
 /// What is known of a Redis server's clock: an interval in which its offset
@@ -161,6 +175,39 @@ impl InstanceId {
     }
 }
 
+// === impl RedisClock ===
+
+impl RedisClock {
+    const NEVER: i64 = i64::MIN;
+
+    /// Takes in what time it was in Redis not after `received`.
+    pub fn hear(&self, received: Instant, redis_micros: i64) {
+        let at_start = redis_micros.saturating_sub(self.since_start(received));
+        self.0.at_start.store(at_start, Ordering::Relaxed);
+    }
+
+    /// The microseconds since 1970 that Redis shows at a moment. None if it has never
+    /// been heard.
+    pub fn at(&self, moment: Instant) -> Option<i64> {
+        let at_start = self.0.at_start.load(Ordering::Relaxed);
+        (at_start != Self::NEVER).then(|| at_start.saturating_add(self.since_start(moment)))
+    }
+
+    fn since_start(&self, moment: Instant) -> i64 {
+        let since = moment.saturating_duration_since(self.0.start);
+        i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
+    }
+}
+
+impl Default for RedisClock {
+    fn default() -> Self {
+        Self(Arc::new(Heard {
+            start: Instant::now(),
+            at_start: AtomicI64::new(Self::NEVER),
+        }))
+    }
+}
+
 // === impl IntervalClock ===
 
 impl IntervalClock {
@@ -266,6 +313,18 @@ mod tests {
         let versions = MemoryVersions::new();
         let deleted = versions.next(None, 1_000).unwrap();
         assert!(versions.next(None, 1_000).unwrap() > deleted);
+    }
+
+    #[test]
+    fn the_time_of_redis_goes_on_by_itself() {
+        let clock = RedisClock::default();
+        let now = Instant::now();
+        assert_eq!(clock.at(now), None);
+        clock.hear(now, 5_000_000);
+        let later = std::time::Duration::from_secs(2);
+        assert_eq!(clock.at(now + later), Some(7_000_000));
+        clock.hear(now + later, 1_000_000);
+        assert_eq!(clock.at(now + later), Some(1_000_000));
     }
 
     #[test]

@@ -23,7 +23,7 @@ use groupstate::{
         memory::{MemoryStore, Shown},
         switch::{OnRecovery, Switch},
     },
-    version::{InstanceId, Version},
+    version::{InstanceId, RedisClock, Version},
 };
 use http::Request;
 use http_body_util::{BodyExt, Full};
@@ -152,7 +152,7 @@ fn of_memory() -> [Piece; 2] {
 
 /// What the failover adds to a call that Redis answers.
 fn of_failover() -> [Piece; 3] {
-    let mirror = MemoryStore::mirror(MANY_BYTES, InstanceId::random());
+    let mirror = MemoryStore::mirror(MANY_BYTES, InstanceId::random(), RedisClock::default());
     let key = GroupKey::new(load::key_of(0)).expect("a valid key");
     let write = write_of(&group_of(2));
     let (learning, learned) = (mirror.clone(), key.clone());
@@ -164,6 +164,7 @@ fn of_failover() -> [Piece; 3] {
             next += 16;
             let written = groupstate::store::Written {
                 version: version(next),
+                replaced: None,
                 expires: None,
             };
             learning.learn(&learned, Shown::by_write(&write, &written), ticket);

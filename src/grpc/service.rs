@@ -176,7 +176,9 @@ impl Service {
             .await?;
         let backend = convert::backend(answer.backend);
         let message = match answer.value {
-            Swap::Swapped(Written { version, expires }) => pb::CompareAndSwapResponse {
+            Swap::Swapped(Written {
+                version, expires, ..
+            }) => pb::CompareAndSwapResponse {
                 swapped: true,
                 version: version.get(),
                 current: None,

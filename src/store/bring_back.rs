@@ -41,6 +41,13 @@ impl BringBack {
     const CARRY_BATCH: usize = 250;
     const CARRY_AT_ONCE: usize = 16;
     const CARRY_PAUSE: Duration = Duration::from_millis(50);
+    /// A delete that Redis may have lost is told it again so long after the first time:
+    /// an instance that did not know of it may have put the group back.
+    const DELETES_AGAIN: [Duration; 3] = [
+        Duration::from_secs(2),
+        Duration::from_secs(10),
+        Duration::from_secs(30),
+    ];
     /// The mirror is filled one batch, of about 1 MiB, in this time at most...
     const FILL_PAUSE: Duration = Duration::from_millis(20);
     /// ...begun after a random part of this, so that instances do not all read
@@ -100,11 +107,13 @@ impl BringBack {
                 if let Some(reason) = self.carry_all(goes_on).await {
                     self.switch.fails(period, &reason);
                 }
-                self.fill(goes_on).await;
-                if goes_on() {
-                    self.filled.store(period, Ordering::SeqCst);
-                }
-                std::future::pending().await
+                let fill = async {
+                    self.fill(goes_on).await;
+                    if goes_on() {
+                        self.filled.store(period, Ordering::SeqCst);
+                    }
+                };
+                tokio::join!(fill, self.tell_again(period));
             };
             // Another process has to be told of everything before anything is
             // read from it, so what is under way ends.
@@ -112,6 +121,33 @@ impl BringBack {
                 () = bring_back => {}
                 () = self.switch.leaves(period) => {}
                 () = self.again.notified() => {}
+            }
+        }
+    }
+
+    /// Tells Redis of deletes once more, after others may have put back what was
+    /// deleted here; and of what has come late.
+    async fn tell_again(&self, period: u64) {
+        let begin = Instant::now();
+        let mut again = Self::DELETES_AGAIN.iter();
+        let mut next = again.next();
+        loop {
+            let due = async {
+                match next {
+                    Some(after) => tokio::time::sleep_until(begin + *after).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = due => {
+                    next = again.next();
+                    self.memory.doubt_deletes();
+                }
+                () = self.memory.has_come_late() => {}
+            }
+            let goes_on = || self.switch.redis_period() == Some(period);
+            if let Some(reason) = self.carry_all(goes_on).await {
+                self.switch.fails(period, &reason);
             }
         }
     }

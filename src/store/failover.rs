@@ -87,7 +87,8 @@ impl Failover {
 
     /// Starts to watch over Redis. Until it answers, memory does.
     pub fn open(redis: RedisStore, settings: FailoverSettings, instance: InstanceId) -> Self {
-        let memory = MemoryStore::mirror(settings.mirror_max_bytes, instance.clone());
+        let clock = redis.clock().clone();
+        let memory = MemoryStore::mirror(settings.mirror_max_bytes, instance.clone(), clock);
         tokio::spawn(memory.clone().sweep_forever());
         let switch = Arc::new(Switch::new(memory.clone(), settings.on_recovery));
         let recovery = Recovery::start(
@@ -239,6 +240,7 @@ impl Failover {
                             continue;
                         }
                         self.learn_write(write, &outcome, turn.ticket);
+                        self.is_kept(key, turn, &time).await?;
                         return Ok(Backend::Redis.answers(outcome));
                     }
                     Err(Diverted::Answered(failure) | Diverted::ShortOfTime(failure)) => {
@@ -279,6 +281,21 @@ impl Failover {
         absent && self.has_lost(key, None, turn, time).await
     }
 
+    /// An answer that was under way while Redis lost data says nothing of the Redis
+    /// that is there now: it is told again before the caller hears of it.
+    async fn is_kept(
+        &self,
+        key: &GroupKey,
+        turn: RedisTurn,
+        time: &CallTime,
+    ) -> Result<(), Failure> {
+        if !self.memory.is_pending(key) {
+            return Ok(());
+        }
+        let told = Box::pin(self.carry(vec![key], turn.period, time)).await;
+        told.map_err(|_| outcome_unknown())
+    }
+
     /// Takes in what a write has shown of its key.
     fn learn_write(&self, write: &Write, outcome: &WriteOutcome, ticket: Ticket) {
         let key = write.head.key();
@@ -299,13 +316,13 @@ impl Failover {
         turn: RedisTurn,
         time: &CallTime,
     ) -> bool {
-        self.may_be_lost(key, shown, turn) && Box::pin(self.server_has_changed(turn, time)).await
+        self.may_be_lost(key, shown, turn) && Box::pin(self.may_have_lost(turn, time)).await
     }
 
-    /// Whether Redis is another process than the one whose turn it was, or cannot say:
-    /// then its answer is not believed.
-    async fn server_has_changed(&self, turn: RedisTurn, time: &CallTime) -> bool {
-        let look = self.recovery.server_has_changed(turn.ticket);
+    /// Whether Redis has lost something since it was its turn, or cannot say: then its
+    /// answer is not believed.
+    async fn may_have_lost(&self, turn: RedisTurn, time: &CallTime) -> bool {
+        let look = self.recovery.may_have_lost(turn.ticket);
         tokio::select! {
             looked = tokio::time::timeout_at(time.end, look) => looked.unwrap_or(true),
             () = self.switch.leaves(turn.period) => true,
@@ -314,8 +331,7 @@ impl Failover {
 
     /// Whether it is worth a look: the mirror knows of a newer version.
     fn may_be_lost(&self, key: &GroupKey, shown: Option<Version>, turn: RedisTurn) -> bool {
-        self.switch.on_recovery() == OnRecovery::Reconcile
-            && self.memory.contradicts(key, shown, turn.ticket)
+        self.memory.contradicts(key, shown, turn.ticket)
     }
 
     /// Reads a document from Redis, and when it expires, unless neither the
@@ -353,11 +369,8 @@ impl Failover {
             .min(Instant::now() + Self::LISTING_WAIT);
         // A Redis that has come back empty a moment ago must not pass for one that
         // holds no groups: it has to say that it is the one we know.
-        while self.switch.on_recovery() == OnRecovery::Reconcile
-            && self.switch.redis_period().is_some()
-            && Instant::now() < end
-        {
-            let look = self.recovery.server_has_changed(self.memory.ticket());
+        while self.switch.redis_period().is_some() && Instant::now() < end {
+            let look = self.recovery.may_have_lost(self.memory.ticket());
             if tokio::time::timeout_at(end, look).await == Ok(false) {
                 break;
             }
@@ -454,6 +467,7 @@ impl DocumentStore for Failover {
                         if let Some(shown) = shown {
                             self.memory.learn(key, shown, turn.ticket);
                         }
+                        self.is_kept(key, turn, &time).await?;
                         return Ok(Backend::Redis.answers(deletion));
                     }
                     Err(Diverted::Answered(failure) | Diverted::ShortOfTime(failure)) => {

@@ -23,6 +23,7 @@ pub mod documents;
 pub mod failover;
 pub mod memory;
 pub mod page_token;
+mod probes;
 pub mod reconcile;
 pub mod recovery;
 pub mod redis;
@@ -270,6 +271,8 @@ pub struct Expires {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Written {
     pub version: Version,
+    /// The version that it replaced. None: nothing, or one that is not known.
+    pub replaced: Option<Version>,
     /// None: never.
     pub expires: Option<Expires>,
 }

@@ -1,4 +1,5 @@
-//! Carrying over to Redis what was changed in memory while it was down.
+//! Carrying over to Redis what was changed in memory while it was down, and telling
+//! it again what was written and deleted in it before it lost data.
 //!
 //! What to do with one key is a pure function of what both sides hold,
 //! [`next_step`]; the [`Carrier`] does it, one task a key at a time.
@@ -15,9 +16,9 @@ use futures::{
 };
 
 use super::{
-    Deadline, Expiry, StoreError,
+    Deadline, Expiry, StoreError, Written,
     documents::{Condition, Write, WriteOutcome},
-    memory::{Changed, MemoryStore, Pending, Shown},
+    memory::{Changed, MemoryStore, Ours, Pending, Shown},
     redis::{Cause, LostDocument, NotDone, Offered, RedisStore, Trail},
 };
 use crate::{
@@ -121,6 +122,8 @@ impl Carrier {
     /// Steps for one key at most: each further one means that another writer
     /// came in between.
     const MOST_STEPS: usize = 10;
+    /// Stands for "never": no call can write that.
+    const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 3_600);
 
     pub fn new(redis: RedisStore, memory: MemoryStore, instance: &InstanceId) -> Self {
         Self {
@@ -164,26 +167,31 @@ impl Carrier {
             let told = match self.memory.pending(key) {
                 None => return Ok(()),
                 Some(Pending::Unsure {
-                    document,
+                    document: Some(document),
                     version,
                     left,
-                    put_back_absent,
+                    ours,
                 }) => {
-                    let lost = LostDocument {
+                    let lost = Lost {
                         document: &document,
                         version,
                         left,
-                        put_back_absent,
+                        ours,
                     };
-                    self.offer(&lost).await
+                    self.put_back(&lost).await
                 }
+                Some(Pending::Unsure {
+                    document: None,
+                    version,
+                    ..
+                }) => self.delete_again(key, version).await,
                 Some(Pending::Changed {
                     document,
                     version,
                     left,
                     changed,
                 }) => {
-                    let ours = Ours {
+                    let ours = ChangedKey {
                         key,
                         document,
                         version,
@@ -215,19 +223,138 @@ impl Carrier {
     }
 
     /// Puts back what Redis may have lost.
-    async fn offer(&self, lost: &LostDocument<'_>) -> Result<(), NotDone> {
-        let offered = self.redis.restore_document(lost, Deadline::NONE).await?;
-        let is_there = offered != Offered::Deleted;
+    async fn put_back(&self, lost: &Lost<'_>) -> Result<(), NotDone> {
         let key = &lost.document.key;
-        self.memory.offered(key, lost.version, is_there);
-        if offered == Offered::PutBack {
+        if self.restore(lost, None).await? {
+            return Ok(());
+        }
+        let ticket = self.memory.ticket();
+        let known_bytes = lost.document.json.len();
+        let found = self
+            .redis
+            .read_document(key, true, known_bytes, Deadline::NONE)
+            .await;
+        let found = match found {
+            // It was not read: what is there stays.
+            Err(NotDone {
+                error: StoreError::StoredValueTooLarge { .. },
+                ..
+            }) => None,
+            found => found?,
+        };
+        let Some(found) = found else {
+            // Somebody has just deleted it.
+            self.memory.offered(key, lost.version, false);
+            return Ok(());
+        };
+        let theirs = found.document.parse().ok();
+        let stored = theirs.as_ref().and_then(|theirs| theirs.metadata.version);
+        let (Some(theirs), Some(stored)) = (theirs, stored.filter(|it| *it < lost.version)) else {
+            // What is newer may come of ours.
+            self.memory.offered(key, lost.version, false);
+            self.memory.learn(key, Shown::by_read(Some(&found)), ticket);
+            return Ok(());
+        };
+        let is_ancestor = lost.ours.replaced == Some(stored)
+            || found.document.was_written_by_one_of(&self.instance);
+        if is_ancestor {
+            return self.restore(lost, Some(stored)).await.map(|_| ());
+        }
+        // Two histories: an acknowledged write is in each of them.
+        let ours = lost.document.parse().map_err(StoreError::Unreadable)?;
+        let merged = ours.merge(theirs.clone());
+        if merged.group.alerts == theirs.alerts && same_metadata(&merged.group, &theirs) {
+            self.memory.offered(key, lost.version, false);
+            self.memory.learn(key, Shown::by_read(Some(&found)), ticket);
+            return Ok(());
+        }
+        let left = lost.left.unwrap_or(Self::CENTURY);
+        let expiry = match found.expires {
+            Some(expires) => Expiry::After(expires.left.max(left)),
+            None => Expiry::Keep { otherwise: left },
+        };
+        let write = Write {
+            head: DocumentHead::new(&merged.group),
+            condition: Condition::Version(stored),
+            expiry,
+            write_id: self.instance.next_write_id(),
+            newer_than: Some(lost.version),
+        };
+        let ticket = self.memory.ticket();
+        if let Some(written) = self.write_once(&write).await? {
+            self.memory.offered(key, lost.version, false);
+            self.memory
+                .learn(key, Shown::by_write(&write, &written), ticket);
             telemetry::groups_put_back(1);
+            if !merged.dropped.is_empty() {
+                telemetry::reports_dropped(key, &merged.dropped);
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts back a lost document in place of one version, or of nothing. False if
+    /// something else is stored.
+    async fn restore(&self, lost: &Lost<'_>, replaces: Option<Version>) -> Result<bool, NotDone> {
+        let document = LostDocument {
+            document: lost.document,
+            left: lost.left,
+        };
+        let restored = self
+            .redis
+            .restore_document(&document, replaces, Deadline::NONE)
+            .await?;
+        let is_there = match restored {
+            Offered::PutBack => {
+                telemetry::groups_put_back(1);
+                true
+            }
+            Offered::Kept(stored) => stored == Some(lost.version),
+        };
+        if is_there {
+            self.memory.offered(&lost.document.key, lost.version, true);
+        }
+        Ok(is_there)
+    }
+
+    /// Deletes what Redis may have brought back: this version, or one before it.
+    async fn delete_again(&self, key: &GroupKey, version: Version) -> Result<(), NotDone> {
+        let found = self
+            .redis
+            .read_document(key, false, 0, Deadline::NONE)
+            .await?;
+        let Some(found) = found else {
+            self.memory.offered(key, version, true);
+            return Ok(());
+        };
+        let group = found.document.parse().ok();
+        let stored = group.as_ref().and_then(|group| group.metadata.version);
+        // The versions of other writers do not rise when a group is made anew.
+        let is_before = |group: &AlertGroup| {
+            stored == Some(version)
+                || (stored < Some(version) && !group.metadata.write_id.is_empty())
+        };
+        if !group.as_ref().is_some_and(is_before) {
+            self.memory.offered(key, version, false);
+            return Ok(());
+        }
+        let trail = Trail::default();
+        let deleted = self
+            .redis
+            .remove_document(key, stored, Deadline::NONE, &trail)
+            .await;
+        if deleted.is_err() {
+            trail.end().await;
+        }
+        if deleted?.deleted {
+            self.memory.offered(key, version, true);
+            telemetry::groups_deleted_again(1);
         }
         Ok(())
     }
 
     /// Looks at what Redis holds and does the next step.
-    async fn step(&self, ours: &Ours<'_>) -> Result<(), NotDone> {
+    async fn step(&self, ours: &ChangedKey<'_>) -> Result<(), NotDone> {
         let known_bytes = ours.document.as_ref().map_or(0, |ours| ours.json.len());
         let found = self
             .redis
@@ -307,7 +434,7 @@ impl Carrier {
     /// Writes a group for `ours`. False if somebody else came in between.
     async fn write(
         &self,
-        ours: &Ours<'_>,
+        ours: &ChangedKey<'_>,
         group: &AlertGroup,
         condition: Condition,
         expiry: Expiry,
@@ -320,25 +447,31 @@ impl Carrier {
             write_id,
             newer_than: Some(ours.version),
         };
+        let written = self.write_once(&write).await?;
+        if let Some(written) = &written {
+            self.carried(ours, Shown::by_write(&write, written));
+        }
+        Ok(written.is_some())
+    }
+
+    /// None if the condition of a write does not hold.
+    async fn write_once(&self, write: &Write) -> Result<Option<Written>, NotDone> {
         let trail = Trail::default();
         let outcome = self
             .redis
-            .write_document(&write, Deadline::NONE, &trail)
+            .write_document(write, Deadline::NONE, &trail)
             .await;
         if outcome.is_err() {
             // Memory may take changes of this group again.
             trail.end().await;
         }
-        match outcome? {
-            WriteOutcome::Written(written) => {
-                self.carried(ours, Shown::by_write(&write, &written));
-                Ok(true)
-            }
-            WriteOutcome::Conflict { .. } => Ok(false),
-        }
+        Ok(match outcome? {
+            WriteOutcome::Written(written) => Some(written),
+            WriteOutcome::Conflict { .. } => None,
+        })
     }
 
-    async fn delete(&self, ours: &Ours<'_>, version: Version) -> Result<(), NotDone> {
+    async fn delete(&self, ours: &ChangedKey<'_>, version: Version) -> Result<(), NotDone> {
         let trail = Trail::default();
         let deleted = self
             .redis
@@ -354,7 +487,7 @@ impl Carrier {
         Ok(())
     }
 
-    fn carried(&self, ours: &Ours<'_>, shown: Shown) {
+    fn carried(&self, ours: &ChangedKey<'_>, shown: Shown) {
         self.memory.carried(ours.key, ours.changed.change, shown);
     }
 
@@ -385,7 +518,7 @@ struct Running {
 }
 
 /// A key that was changed here.
-struct Ours<'a> {
+struct ChangedKey<'a> {
     key: &'a GroupKey,
     /// None: it was deleted.
     document: Option<Document>,
@@ -393,6 +526,15 @@ struct Ours<'a> {
     /// What is left of its time to live.
     left: Duration,
     changed: Changed,
+}
+
+/// A group that this instance has written, and that Redis may have lost.
+struct Lost<'a> {
+    document: &'a Document,
+    version: Version,
+    /// What is left of its time to live; None: it never expires.
+    left: Option<Duration>,
+    ours: Ours,
 }
 
 impl Drop for Running {

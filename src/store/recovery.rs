@@ -11,32 +11,24 @@
 //! | [`BringBack::run`] | tells Redis what memory holds, then fills the mirror |
 
 use std::{
-    collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use futures::future::try_join_all;
 use tokio::{
     task::JoinSet,
     time::{Instant, MissedTickBehavior},
 };
 
 use super::{
-    Deadline, Expiry, StoreError,
     breaker::{Breaker, Next, Probe},
     bring_back::BringBack,
-    documents::{Condition, Write, WriteOutcome},
-    memory::{MemoryStore, Server, Ticket},
-    redis::{Cause, NoPong, NotDone, RedisStore, Trail},
+    memory::{Loss, MemoryStore, Ticket},
+    probes::{Look, Probes},
+    redis::{Cause, NoPong, NotDone, RedisStore},
     switch::{OnRecovery, Switch},
 };
-use crate::{
-    document::DocumentHead,
-    group::{AlertGroup, GroupKey, GroupMetadata},
-    telemetry,
-    version::{InstanceId, Version},
-};
+use crate::{telemetry, version::InstanceId};
 
 /// Watches over Redis until it is dropped.
 pub struct Recovery {
@@ -51,29 +43,14 @@ struct Watch {
     switch: Arc<Switch>,
     bring_back: Arc<BringBack>,
     trip_after: Duration,
-    /// Of the probe keys; they name them, too.
-    instance: InstanceId,
-    /// None until Redis has answered for the first time.
-    server: tokio::sync::Mutex<Option<KnownServer>>,
+    known: tokio::sync::Mutex<Known>,
     pong: Mutex<Option<Pong>>,
 }
 
-/// What tells whether a server still holds what it held: one key on each, as we
-/// wrote them last.
-#[derive(Clone, Debug)]
-struct Probes {
-    /// Another one whenever they are written anew. A write that was meant for one
-    /// process may reach the next; written under the same name, it would make an
-    /// empty Redis look like one that has kept its data.
-    name: String,
-    versions: HashMap<GroupKey, Version>,
-}
-
-/// The Redis process that we know; of a cluster, those of all primaries.
-#[derive(Clone, Debug)]
-struct KnownServer {
-    run_id: String,
+/// The servers that we know.
+struct Known {
     probes: Probes,
+    /// What they do when their memory is full, as the log has said it last.
     maxmemory_policy: String,
 }
 
@@ -82,13 +59,6 @@ struct KnownServer {
 struct Pong {
     at: Instant,
     latency: Duration,
-}
-
-/// What is known of the server that answers.
-struct Look {
-    run_id: String,
-    maxmemory_policy: String,
-    server: Server,
 }
 
 // === impl Recovery ===
@@ -109,8 +79,10 @@ impl Recovery {
                 switch.clone(),
                 instance,
             )),
-            instance: instance.clone(),
-            server: tokio::sync::Mutex::new(None),
+            known: tokio::sync::Mutex::new(Known {
+                probes: Probes::new(redis.for_health(), instance.clone()),
+                maxmemory_policy: String::new(),
+            }),
             pong: Mutex::new(None),
             redis: redis.for_health(),
             memory,
@@ -130,9 +102,8 @@ impl Recovery {
         })
     }
 
-    /// Whether Redis is another process than the one we knew when `ticket` was
-    /// drawn, or cannot say.
-    pub async fn server_has_changed(&self, ticket: Ticket) -> bool {
+    /// Whether Redis has lost something since `ticket` was drawn, or cannot say.
+    pub async fn may_have_lost(&self, ticket: Ticket) -> bool {
         let Some(period) = self.watch.switch.redis_period() else {
             return true;
         };
@@ -178,9 +149,6 @@ impl Watch {
     /// The server is looked at this often, too: somebody may have set another
     /// `maxmemory-policy`.
     const LOOK_AGAIN: Duration = Duration::from_secs(10);
-    /// Longer than an outage that anybody has patience for; a key of an instance
-    /// that is gone leaves by itself.
-    const PROBE_TTL: Duration = Duration::from_secs(24 * 3_600);
 
     /// PINGs over one connection for ever.
     async fn heartbeat(self: Arc<Self>, connection: usize) {
@@ -258,11 +226,11 @@ impl Watch {
                     }
                 },
                 Next::Probe(Probe::Write) => match self.probe_write().await {
-                    Ok(server) => {
+                    Ok(losses) => {
                         // So that there is little left to sweep in the moment in
                         // which the switch turns, and nobody waits for that.
                         self.memory.sweep_changes().await;
-                        self.switch.write_succeeds(server);
+                        self.switch.write_succeeds(losses);
                     }
                     Err(failed) => {
                         self.switch.probe_fails(&failed.error.to_string());
@@ -285,179 +253,30 @@ impl Watch {
         }
     }
 
-    /// Looks at the server, then writes the probe keys as groups are written.
-    async fn probe_write(&self) -> Result<Server, NotDone> {
-        let mut known = self.server.lock().await;
-        self.use_all_rights().await?;
-        let look = self.look(known.as_ref()).await?;
-        let refreshed = match known.as_ref() {
-            Some(known) if look.server == Server::Same => self.refresh(&known.probes).await?,
-            _ => None,
-        };
-        let probes = match refreshed {
-            Some(probes) => {
-                self.is_still(&look.run_id).await?;
-                probes
-            }
-            None => self.new_probes(&look.run_id).await?,
-        };
-        self.check_policy(known.as_ref(), &look);
-        *known = Some(KnownServer {
-            run_id: look.run_id,
-            maxmemory_policy: look.maxmemory_policy,
-            probes,
-        });
-        Ok(look.server)
+    /// Looks at the servers, then writes the probes as groups are written. What may be
+    /// lost.
+    async fn probe_write(&self) -> Result<Vec<Loss>, NotDone> {
+        let mut known = self.known.lock().await;
+        known.probes.use_all_rights().await?;
+        let look = known.probes.look().await?;
+        known.probes.renew(&look).await?;
+        self.check_policy(&mut known, &look);
+        tell_of_losses(&look);
+        Ok(look.losses)
     }
 
-    /// Finds out which server answers.
-    async fn look(&self, known: Option<&KnownServer>) -> Result<Look, NotDone> {
-        let info = self.redis.server(Deadline::NONE).await?;
-        let server = match known {
-            Some(known) if known.run_id != info.run_id => {
-                if self.holds_all(&known.probes).await? {
-                    Server::Restarted
-                } else {
-                    Server::LostData
-                }
-            }
-            _ => Server::Same,
-        };
-        Ok(Look {
-            run_id: info.run_id,
-            maxmemory_policy: info.maxmemory_policy,
-            server,
-        })
-    }
-
-    /// Whether Redis holds these probes, or newer ones.
-    async fn holds_all(&self, probes: &Probes) -> Result<bool, NotDone> {
-        let holds = probes.versions.iter().map(async |(key, probe)| {
-            let found = self
-                .redis
-                .read_document(key, false, 0, Deadline::NONE)
-                .await?;
-            let version = found.and_then(|found| found.document.version());
-            Ok::<_, NotDone>(version >= Some(*probe))
-        });
-        let holds = try_join_all(holds).await?;
-        Ok(holds.into_iter().all(|holds| holds))
-    }
-
-    /// Writes each probe key in place of the one that was written last. None if one
-    /// of those is not there any more, or a server has none.
-    async fn refresh(&self, probes: &Probes) -> Result<Option<Probes>, NotDone> {
-        let name = &probes.name;
-        let conditions = self.redis.probe_keys(name).into_iter().map(|key| {
-            let version = *probes.versions.get(&key)?;
-            Some((key, Condition::Version(version)))
-        });
-        let Some(conditions) = conditions.collect::<Option<Vec<_>>>() else {
-            return Ok(None);
-        };
-        self.write_probes(name, conditions).await
-    }
-
-    /// Writes a new probe key on every server of which `run_id` was just read.
-    async fn new_probes(&self, run_id: &str) -> Result<Probes, NotDone> {
-        let name = self.instance.next_write_id();
-        let keys = self.redis.probe_keys(&name).into_iter();
-        let conditions = keys.map(|key| (key, Condition::Any));
-        let written = self.write_probes(&name, conditions).await?;
-        self.is_still(run_id).await?;
-        let conflict = || StoreError::Bug("an unconditional write met a conflict".into()).into();
-        written.ok_or_else(conflict)
-    }
-
-    /// Does what calls do to groups, on every server: an error if our user has not all
-    /// the rights for it. Without them the switch would close and open again.
-    async fn use_all_rights(&self) -> Result<(), NotDone> {
-        let name = self.instance.next_write_id();
-        let used = self.redis.probe_keys(&name).into_iter().map(async |key| {
-            self.redis.use_all_rights(&key).await?;
-            self.write_probe(&key, Condition::Any).await?;
-            self.redis
-                .read_document(&key, true, 0, Deadline::NONE)
-                .await?;
-            let trail = Trail::default();
-            let removed = self
-                .redis
-                .remove_document(&key, None, Deadline::NONE, &trail);
-            removed.await?;
-            // Of nothing more is asked than of a group that is there.
-            let absent = self.redis.read_document(&key, false, 0, Deadline::NONE);
-            absent.await.map(|_| ())
-        });
-        try_join_all(used).await.map(|_| ())
-    }
-
-    /// An error if Redis is another process by now: then what was written may lie in
-    /// either of them.
-    async fn is_still(&self, run_id: &str) -> Result<(), NotDone> {
-        if self.redis.server(Deadline::NONE).await?.run_id == run_id {
-            Ok(())
-        } else {
-            Err(StoreError::Unavailable("Redis was replaced again".into()).into())
-        }
-    }
-
-    /// Writes probe keys; None if one of the conditions does not hold.
-    async fn write_probes(
-        &self,
-        name: &str,
-        conditions: impl IntoIterator<Item = (GroupKey, Condition)>,
-    ) -> Result<Option<Probes>, NotDone> {
-        let writes = conditions.into_iter().map(async |(key, condition)| {
-            let version = self.write_probe(&key, condition).await?;
-            Ok::<_, NotDone>(version.map(|version| (key, version)))
-        });
-        let versions: Option<_> = try_join_all(writes).await?.into_iter().collect();
-        Ok(versions.map(|versions| Probes {
-            name: name.to_owned(),
-            versions,
-        }))
-    }
-
-    /// Writes a probe key; None if the condition does not hold.
-    async fn write_probe(
-        &self,
-        key: &GroupKey,
-        condition: Condition,
-    ) -> Result<Option<Version>, NotDone> {
-        let group = AlertGroup {
-            key: key.clone(),
-            alerts: Default::default(),
-            metadata: GroupMetadata::default(),
-        };
-        let write = Write {
-            head: DocumentHead::new(&group),
-            condition,
-            expiry: Expiry::After(Self::PROBE_TTL),
-            write_id: self.instance.next_write_id(),
-            newer_than: None,
-        };
-        let trail = Trail::default();
-        let outcome = self
-            .redis
-            .write_document(&write, Deadline::NONE, &trail)
-            .await?;
-        Ok(match outcome {
-            WriteOutcome::Written(written) => Some(written.version),
-            WriteOutcome::Conflict { .. } => None,
-        })
-    }
-
-    fn check_policy(&self, known: Option<&KnownServer>, look: &Look) {
-        let policy = &look.maxmemory_policy;
-        telemetry::redis_may_evict(!policy.is_empty() && policy != "noeviction");
-        let told = known.is_some_and(|known| known.maxmemory_policy == *policy);
-        if !told && !policy.is_empty() && policy != "noeviction" {
+    fn check_policy(&self, known: &mut Known, look: &Look) {
+        let server = look.primaries.as_one();
+        let policy = server.maxmemory_policy.as_str();
+        telemetry::redis_may_evict(server.may_evict());
+        if server.may_evict() && known.maxmemory_policy != policy {
             tracing::warn!(
                 policy,
                 "maxmemory-policy is not noeviction: when its memory is full, Redis throws \
                  groups away and tells nobody"
             );
         }
+        policy.clone_into(&mut known.maxmemory_policy);
     }
 
     /// While Redis answers: looks at the server, now and then and behind each new
@@ -494,49 +313,49 @@ impl Watch {
         }
     }
 
-    /// Keeps the probe keys fresh. If one is not there, the server is another one,
-    /// or has lost it.
+    /// Keeps the probes fresh. If one is not as it was, the servers are looked at.
     async fn refresh_probes(&self, period: u64) -> Result<(), NotDone> {
-        let mut known = self.server.lock().await;
-        let Some(server) = known.as_mut() else {
-            return Ok(());
-        };
-        if let Some(probes) = self.refresh(&server.probes).await? {
-            server.probes = probes;
+        let mut known = self.known.lock().await;
+        if known.probes.refresh().await? {
             return Ok(());
         }
-        self.look_at(server, period).await?;
-        // Otherwise `probe_write` goes on.
-        if self.switch.redis_period() == Some(period) {
-            server.probes = self.new_probes(&server.run_id).await?;
-        }
-        Ok(())
+        self.look_at(&mut known, period).await
     }
 
-    /// Looks whether the server is still the one we know.
+    /// Looks whether the servers are still those we know.
     async fn look_again(&self, period: u64) -> Result<(), NotDone> {
-        match self.server.lock().await.as_mut() {
-            Some(server) => self.look_at(server, period).await,
-            None => Ok(()),
-        }
+        let mut known = self.known.lock().await;
+        self.look_at(&mut known, period).await
     }
 
-    /// If the server is another one, a new epoch begins, as after a recovery.
-    async fn look_at(&self, known: &mut KnownServer, period: u64) -> Result<(), NotDone> {
-        let look = self.look(Some(known)).await?;
-        self.check_policy(Some(known), &look);
-        known.maxmemory_policy.clone_from(&look.maxmemory_policy);
-        if look.server == Server::Same || self.switch.redis_period() != Some(period) {
+    /// If a server may have lost something, a new epoch begins, as after a recovery.
+    async fn look_at(&self, known: &mut Known, period: u64) -> Result<(), NotDone> {
+        let look = known.probes.look().await?;
+        self.check_policy(known, &look);
+        // Otherwise `probe_write` goes on.
+        if self.switch.redis_period() != Some(period) {
             return Ok(());
         }
-        tracing::info!(server = ?look.server, "Redis is another process now");
-        known.run_id = look.run_id;
-        self.memory.meet(match self.switch.on_recovery() {
-            OnRecovery::Reconcile => look.server,
-            // What it has lost is lost.
-            OnRecovery::Discard => Server::Same,
-        });
-        self.bring_back.once_more();
-        Ok(())
+        if !look.losses.is_empty() {
+            // Before anybody can take its answers for those of the one before.
+            self.memory.doubt(look.losses.clone());
+            self.bring_back.once_more();
+            tell_of_losses(&look);
+        }
+        known.probes.renew(&look).await
+    }
+}
+
+/// Says what has become of Redis.
+fn tell_of_losses(look: &Look) {
+    if look.has_lost_data {
+        telemetry::redis_lost_data();
+        let servers = look.losses.len();
+        tracing::warn!(
+            servers,
+            "Redis has lost data: what this instance has written and deleted since is told it again"
+        );
+    } else if !look.losses.is_empty() {
+        tracing::info!("Redis is another process now");
     }
 }

@@ -7,7 +7,7 @@ use tokio::{sync::watch, time::Instant};
 
 use super::{
     breaker::{Breaker, Next, Probe, State},
-    memory::{MemoryStore, Server},
+    memory::{Loss, MemoryStore},
 };
 use crate::{
     group::Time,
@@ -161,8 +161,8 @@ impl Switch {
         inner.breaker.probe_succeeds(Probe::Ping, Instant::now());
     }
 
-    /// Redis, which is this `server`, has taken a write: from now on it answers.
-    pub fn write_succeeds(&self, server: Server) {
+    /// Redis has taken a write: from now on it answers. It may have lost something.
+    pub fn write_succeeds(&self, losses: Vec<Loss>) {
         let mut inner = self.lock();
         let now = Instant::now();
         let open_for = now - inner.breaker.since();
@@ -173,9 +173,9 @@ impl Switch {
         // takes after this would be lost.
         let dirty = self.memory.usage().dirty;
         let discarded = match self.on_recovery {
-            OnRecovery::Discard => self.memory.step_back_and_discard(),
+            OnRecovery::Discard => self.memory.step_back_and_discard(&losses),
             OnRecovery::Reconcile => {
-                self.memory.step_back(server);
+                self.memory.step_back(losses);
                 0
             }
         };
@@ -189,7 +189,6 @@ impl Switch {
             tracing::info!(
                 outage = ?open_for,
                 reason,
-                ?server,
                 discarded,
                 to_carry,
                 "Switched back to Redis storage"

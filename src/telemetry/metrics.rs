@@ -206,6 +206,8 @@ struct Meters {
     merged: Counter,
     reports_dropped: Counter,
     put_back: Counter,
+    deleted_again: Counter,
+    data_losses: Counter,
     mirror_entries: Gauge,
     mirror_tombstones: Gauge,
     mirror_bytes: Gauge,
@@ -369,7 +371,17 @@ impl Meters {
             ),
             put_back: counter(
                 "groups_put_back_total",
-                "Groups that Redis had lost and that were put back from the mirror.",
+                "Groups that Redis had lost and that this instance, which had written them, put back.",
+                &[],
+            ),
+            deleted_again: counter(
+                "groups_deleted_again_total",
+                "Groups that this instance had deleted, that Redis brought back, and that were deleted again.",
+                &[],
+            ),
+            data_losses: counter(
+                "redis_data_losses_total",
+                "Times that Redis was found to have lost data that it had acknowledged.",
                 &[],
             ),
             mirror_entries: gauge(
@@ -567,6 +579,15 @@ pub fn degraded_writes_merged(count: usize) {
 
 pub fn groups_put_back(count: usize) {
     METERS.put_back.increment(count as u64);
+}
+
+pub fn groups_deleted_again(count: usize) {
+    METERS.deleted_again.increment(count as u64);
+}
+
+/// Redis has lost data that it had acknowledged.
+pub fn redis_lost_data() {
+    METERS.data_losses.increment(1);
 }
 
 /// What memory holds; told when somebody asks.

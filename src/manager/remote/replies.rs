@@ -140,6 +140,7 @@ pub fn written(
         .ok_or_else(|| backend.fails(nonsense("a version", "it is less than 1")))?;
     Ok(Written {
         version,
+        replaced: None,
         expires: expire_time.and_then(expires),
     })
 }

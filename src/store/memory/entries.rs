@@ -6,10 +6,14 @@
 //! needed; a dirty one never does. A dirty entry without a document is a
 //! *tombstone*: Redis may still hold what was deleted here.
 //!
-//! What Redis shows is taken in by *epochs*. Within one, an older version never
-//! takes the place of a newer one, so that answers may come in any order. A
-//! recovery, or another Redis process, begins a new epoch, in which the first
-//! answer always counts: Redis may have gone back in time.
+//! Of two answers of Redis the later one counts, whatever its version: groups are
+//! deleted and made anew, by others with versions of their own. Where it cannot be
+//! told which one is later, since their calls overlapped, the newer version counts.
+//!
+//! A recovery, or a Redis that has lost data, begins a new *epoch*. What this
+//! instance itself had written or deleted before, and what a server may have lost,
+//! is *unsure* from then on: Redis has to be told of it. What was merely read is
+//! never told: others may have replaced or deleted it since.
 //!
 //! Whoever calls holds a lock that all calls wait for. So nothing here takes
 //! longer with more entries: what has to look at many, or remove many, does so
@@ -23,7 +27,10 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use self::table::Table;
-use super::entry::{Changed, Content, Entry, Standing};
+use super::{
+    entry::{Changed, Content, Entry, Ours, Standing},
+    loss::{Loss, Losses},
+};
 use crate::{document::Document, group::GroupKey, version::Version};
 
 /// The entries, and what is known of Redis.
@@ -35,11 +42,7 @@ pub struct Entries {
     /// Stands for "never" as an expiry.
     never: Instant,
     epoch: u64,
-    /// Clean entries of earlier epochs than this are *unsure*: Redis may have
-    /// lost them, and has to be offered them.
-    unsure_before: u64,
-    /// Whether unsure entries are put back where Redis holds nothing at all.
-    put_back_absent: bool,
+    losses: Losses,
     /// Number of changes made to dirty entries.
     changes: u64,
     step: Step,
@@ -52,6 +55,17 @@ struct Step {
     looks_at: usize,
     /// Entries that are removed, or passed over in the search for one to remove.
     removes: usize,
+}
+
+/// A clean entry beside an answer of Redis.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    version: Version,
+    is_group: bool,
+    /// Whether the call that showed it may have been executed after that of the answer.
+    overlaps: bool,
+    same_epoch: bool,
+    ours: Option<Ours>,
 }
 
 /// The moment at which a call was sent to Redis.
@@ -70,22 +84,12 @@ pub enum Shown {
         version: Version,
         /// None: it never expires.
         left: Option<Duration>,
+        /// Whether this instance has written it.
+        ours: Option<Ours>,
     },
     Absent,
     /// This version was deleted by the call.
     Deleted(Version),
-}
-
-/// What is known of the Redis process with which an epoch begins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Server {
-    /// The one of the epoch before.
-    Same,
-    /// Another one, which holds what that one held, but maybe not its last
-    /// writes.
-    Restarted,
-    /// Another one, which has lost what that one held.
-    LostData,
 }
 
 /// An entry that Redis has to be told of.
@@ -100,25 +104,25 @@ pub enum Pending {
         left: Duration,
         changed: Changed,
     },
-    /// Redis held it, and may have lost it.
+    /// Written or deleted in Redis by this instance, and maybe lost there.
     Unsure {
-        document: Document,
+        /// None: deleted.
+        document: Option<Document>,
         version: Version,
         left: Option<Duration>,
-        /// Whether it is put back where Redis holds nothing: somebody else may
-        /// have deleted the group.
-        put_back_absent: bool,
+        ours: Ours,
     },
 }
 
 impl Shown {
-    /// Whether less is shown than this version.
-    fn is_older_than(&self, known: Version) -> bool {
-        match self {
-            Self::Document { version, .. } => *version < known,
-            Self::Absent => true,
+    /// Whether this is what comes of a Redis that has lost the `known` entry.
+    fn is_before(&self, known: &Entry) -> bool {
+        match (self, &known.content) {
+            (Self::Document { version, .. }, Content::Deleted) => *version <= known.version,
+            (Self::Document { version, .. }, _) => *version < known.version,
+            (Self::Absent, content) => matches!(content, Content::Document(_)),
             // A call that deletes has told Redis first.
-            Self::Deleted(_) => false,
+            (Self::Deleted(_), _) => false,
         }
     }
 }
@@ -139,9 +143,9 @@ pub struct NotYet;
 // === impl Entries ===
 
 impl Entries {
-    /// How long a delete that Redis has executed keeps late answers to earlier
-    /// reads from bringing the group back: longer than any such answer takes.
-    const TOMBSTONE: Duration = Duration::from_secs(5);
+    /// How long a delete that Redis has executed is remembered, at most: a Redis
+    /// that goes back further than this may bring the group back.
+    pub const TOMBSTONE: Duration = Duration::from_secs(3_600);
     /// Longer than any time to live.
     const NEVER: Duration = Duration::from_secs(100 * 365 * 24 * 3_600);
     /// Unsure entries that are passed over in the search for one that may leave.
@@ -159,8 +163,7 @@ impl Entries {
             max_bytes,
             never: now + Self::NEVER,
             epoch: 0,
-            unsure_before: 0,
-            put_back_absent: false,
+            losses: Losses::default(),
             changes: 0,
             step: Self::STEP,
         }
@@ -188,11 +191,6 @@ impl Entries {
     /// Documents of entries that were removed, for whoever gives their memory back.
     pub fn take_removed(&mut self) -> Vec<Bytes> {
         self.table.take_removed()
-    }
-
-    /// Every unsure entry has been offered.
-    pub fn nothing_unsure(&mut self) {
-        self.put_back_absent = false;
     }
 
     /// Number of entries that were changed here, tombstones included.
@@ -345,17 +343,21 @@ impl Entries {
             Some((_, Standing::Dirty { .. })) => return Ok(false),
             // And so has what it may have lost: there may be an older one already,
             // which another instance has put back.
-            Some((entry, _))
-                if self.pending_entry(entry, now) && shown.is_older_than(entry.version) =>
-            {
+            Some((entry, _)) if self.pending_entry(key, entry, now) && shown.is_before(entry) => {
                 return Ok(false);
             }
-            Some((entry, Standing::Clean { epoch, seen }))
+            Some((entry, Standing::Clean { epoch, seen, ours }))
                 if !matches!(entry.content, Content::Unknown) =>
             {
-                let same_epoch = *epoch == self.epoch && entry.expires > now;
-                let is_group = matches!(entry.content, Content::Document(_));
-                Some((entry.version, *seen, same_epoch, is_group))
+                let same_epoch = *epoch == self.epoch;
+                Some(Known {
+                    version: entry.version,
+                    is_group: matches!(entry.content, Content::Document(_)),
+                    // A call that was sent after the answer was there came later.
+                    overlaps: ticket.sent <= *seen,
+                    same_epoch,
+                    ours: *ours,
+                })
             }
             _ => None,
         };
@@ -364,12 +366,13 @@ impl Entries {
                 json,
                 version,
                 left,
+                ours,
             } => {
                 // An answer of an earlier epoch may be out of date, but not when
                 // its version is newer.
-                if let Some((known, _, same_epoch, is_group)) = known
-                    && (same_epoch || ticket.epoch != self.epoch)
-                    && (known > version || (known == version && !is_group))
+                if let Some(known) = &known
+                    && ((known.overlaps && known.same_epoch) || ticket.epoch != self.epoch)
+                    && (known.version > version || (known.version == version && !known.is_group))
                 {
                     return Ok(false);
                 }
@@ -379,8 +382,12 @@ impl Entries {
                         json,
                         version,
                         left,
+                        ours,
                     });
                 };
+                // Who reads what we have written learns nothing new.
+                let same = known.filter(|known| known.is_group && known.version == version);
+                let ours = same.and_then(|known| known.ours).or(ours);
                 self.table.remove(key);
                 if fits {
                     let entry = Entry {
@@ -390,27 +397,38 @@ impl Entries {
                         standing: Standing::Clean {
                             epoch: ticket.epoch,
                             seen: now,
+                            ours,
                         },
                     };
                     self.table.put(key.clone(), entry);
                 }
                 Ok(fits && known.is_none())
             }
-            _ if ticket.epoch != self.epoch => Ok(false),
+            Shown::Absent if ticket.epoch != self.epoch => Ok(false),
             Shown::Absent => {
                 // An entry that was learned after the call was sent may be newer
                 // than its answer.
-                if known.is_some_and(|(_, seen, same_epoch, is_group)| {
-                    is_group && (!same_epoch || seen < ticket.sent)
-                }) {
+                if known
+                    .is_some_and(|known| known.is_group && (!known.same_epoch || !known.overlaps))
+                {
                     self.table.remove(key);
                 }
                 Ok(false)
             }
             Shown::Deleted(version) => {
-                if known.is_some_and(|(known, _, same_epoch, _)| same_epoch && known > version) {
+                let is_older = known.is_some_and(|known| {
+                    known.version > version
+                        && ((known.overlaps && known.same_epoch) || ticket.epoch != self.epoch)
+                });
+                if is_older {
                     return Ok(false);
                 }
+                let expires = now + Self::TOMBSTONE;
+                let expires = match self.entry(key) {
+                    // What has expired does not come back.
+                    Some(entry) if entry.is_group(now) => expires.min(entry.expires),
+                    _ => expires,
+                };
                 let cost = Entry::cost_of(key, 0);
                 let Ok(fits) = self.fits(key, cost, now) else {
                     return Err(Shown::Deleted(version));
@@ -420,10 +438,11 @@ impl Entries {
                     let entry = Entry {
                         content: Content::Deleted,
                         version,
-                        expires: now + Self::TOMBSTONE,
+                        expires,
                         standing: Standing::Clean {
-                            epoch: self.epoch,
+                            epoch: ticket.epoch,
                             seen: now,
+                            ours: Some(Ours { replaced: None }),
                         },
                     };
                     self.table.put(key.clone(), entry);
@@ -453,8 +472,14 @@ impl Entries {
     ) -> bool {
         // What was put back in a new epoch was learned before it, too.
         let learned_before = |seen: Instant| seen < ticket.sent || !self.is_current(ticket);
-        self.get(key.as_str(), now).is_some_and(|entry| {
-            shown < Some(entry.version)
+        self.entry(key).is_some_and(|entry| {
+            let is_before = match entry.content {
+                Content::Document(_) => shown < Some(entry.version),
+                Content::Deleted => shown.is_some_and(|shown| shown <= entry.version),
+                Content::Unknown => false,
+            };
+            is_before
+                && entry.expires > now
                 && matches!(entry.standing, Standing::Clean { seen, .. } if learned_before(seen))
         })
     }
@@ -467,17 +492,23 @@ impl Entries {
             .then_some((entry.version, entry.document_bytes()))
     }
 
-    /// Begins a new epoch.
-    pub fn begin_epoch(&mut self, server: Server) {
+    /// Begins a new epoch, with these losses.
+    pub fn begin_epoch(&mut self, losses: Vec<Loss>) {
         self.epoch += 1;
-        match server {
-            Server::Same => {}
-            Server::Restarted => self.unsure_before = self.epoch,
-            Server::LostData => {
-                self.unsure_before = self.epoch;
-                self.put_back_absent = true;
-            }
+        for loss in losses {
+            self.losses.add(self.epoch, loss);
         }
+    }
+
+    /// Deletes that were told to Redis after its last losses are unsure once more.
+    /// False if there were no losses.
+    pub fn doubt_deletes(&mut self) -> bool {
+        if self.losses.is_empty() {
+            return false;
+        }
+        self.epoch += 1;
+        self.losses.doubt_deletes(self.epoch);
+        true
     }
 
     /// Drops what was changed here, all of it at once. The number of groups that
@@ -491,13 +522,17 @@ impl Entries {
     /// Whether Redis has to be told of the entry at a key before it is asked.
     pub fn is_pending(&self, key: &GroupKey, now: Instant) -> bool {
         self.entry(key)
-            .is_some_and(|entry| self.pending_entry(entry, now))
+            .is_some_and(|entry| self.pending_entry(key, entry, now))
     }
 
-    fn pending_entry(&self, entry: &Entry, now: Instant) -> bool {
+    fn pending_entry(&self, key: &GroupKey, entry: &Entry, now: Instant) -> bool {
         match &entry.standing {
             Standing::Dirty { .. } => entry.expires > now || entry.leaves_tombstone(now).is_some(),
-            Standing::Clean { epoch, .. } => *epoch < self.unsure_before && entry.is_group(now),
+            Standing::Clean { ours: None, .. } => false,
+            Standing::Clean { epoch, seen, .. } => {
+                let is_deleted = matches!(entry.content, Content::Deleted);
+                entry.expires > now && self.losses.may_hold(key, *epoch, *seen, is_deleted)
+            }
         }
     }
 
@@ -513,7 +548,7 @@ impl Entries {
         let next = self
             .table
             .walk("", after, self.step.looks_at, |key, entry| {
-                if self.pending_entry(entry, now) {
+                if self.pending_entry(key, entry, now) {
                     keys.push(key.clone());
                 }
                 if keys.len() < most {
@@ -529,7 +564,7 @@ impl Entries {
     pub fn pending(&self, key: &GroupKey, now: Instant) -> Option<Pending> {
         let entry = self
             .entry(key)
-            .filter(|entry| self.pending_entry(entry, now))?;
+            .filter(|entry| self.pending_entry(key, entry, now))?;
         let document = match &entry.content {
             Content::Document(json) if entry.expires > now => Some(Document {
                 key: key.clone(),
@@ -544,11 +579,11 @@ impl Entries {
                 left: entry.leaves_tombstone(now).unwrap_or(entry.expires) - now,
                 changed: Changed::clone(changed),
             }),
-            Standing::Clean { .. } => Some(Pending::Unsure {
-                document: document?,
+            Standing::Clean { ours, .. } => Some(Pending::Unsure {
+                document,
                 version: entry.version,
                 left: self.expiry_of(entry).map(|expires| expires - now),
-                put_back_absent: self.put_back_absent,
+                ours: (*ours)?,
             }),
         }
     }
@@ -579,22 +614,20 @@ impl Entries {
         }
     }
 
-    /// Redis was offered the unsure `version` of a key. `is_there`: it has that
-    /// version now, or a newer one, of which ours is still the last that we know.
-    pub fn offered(&mut self, key: &GroupKey, version: Version, is_there: bool, now: Instant) {
+    /// Redis was told of the unsure `version` of a key. `holds`: what was written or
+    /// deleted here is so in Redis now; otherwise something newer is, or has to be left.
+    pub fn offered(&mut self, key: &GroupKey, version: Version, holds: bool, now: Instant) {
         let current = self.epoch;
-        if self.entry(key).map(|entry| entry.version) != Some(version) {
+        if self.entry(key).map(|entry| entry.version) != Some(version) || !self.is_pending(key, now)
+        {
             return;
         }
-        match self.table.standing_mut(key) {
-            Some(Standing::Clean { epoch, seen }) if *epoch < self.unsure_before => {
-                if is_there {
-                    (*epoch, *seen) = (current, now);
-                } else {
-                    self.table.remove(key);
-                }
+        if let Some(Standing::Clean { epoch, seen, .. }) = self.table.standing_mut(key) {
+            if holds {
+                (*epoch, *seen) = (current, now);
+            } else {
+                self.table.remove(key);
             }
-            _ => {}
         }
     }
 

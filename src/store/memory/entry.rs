@@ -34,12 +34,21 @@ pub enum Standing {
         epoch: u64,
         /// When it was learned.
         seen: Instant,
+        /// Set where this instance has written or deleted it.
+        ours: Option<Ours>,
     },
     Dirty {
         changed: Box<Changed>,
         /// Dropped when a later generation of changes has begun.
         generation: u64,
     },
+}
+
+/// What this instance has itself done to a group in Redis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ours {
+    /// The version that its write replaced. None: nothing, or one that is not known.
+    pub replaced: Option<Version>,
 }
 
 /// What is known of a group in Redis that was changed here.

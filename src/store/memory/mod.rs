@@ -8,6 +8,7 @@
 mod entries;
 mod entry;
 mod lock;
+mod loss;
 
 use std::{
     ops::ControlFlow,
@@ -21,7 +22,7 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{StreamExt, stream};
-use tokio::time::Instant;
+use tokio::{sync::Notify, time::Instant};
 
 #[cfg(feature = "lock-times")]
 pub use self::lock::times;
@@ -31,8 +32,9 @@ use self::{
     lock::{Guard, Litters, Lock},
 };
 pub use self::{
-    entries::{Pending, Server, Shown, Ticket},
-    entry::Changed,
+    entries::{Pending, Shown, Ticket},
+    entry::{Changed, Ours},
+    loss::{Keys, Loss},
 };
 use super::{
     Backend, Deadline, Deletion, Expires, Expiry, Failure, KeyPage, Reply, StoreError, Written,
@@ -42,9 +44,9 @@ use super::{
     page_token::PageToken,
 };
 use crate::{
-    document::Draft,
+    document::{Document, Draft},
     group::{GroupKey, Time},
-    version::{InstanceId, MemoryVersions, Version},
+    version::{InstanceId, MemoryVersions, RedisClock, Version},
 };
 
 const BACKEND: Backend = Backend::Memory;
@@ -60,7 +62,10 @@ struct Shared {
     held: Lock<Held>,
     /// Whether any entry may be pending: spares the lock where there is none.
     may_be_pending: AtomicBool,
+    /// An entry is pending that was not when it was last looked for them all.
+    late: Notify,
     versions: MemoryVersions,
+    clock: RedisClock,
     /// Page tokens name it: a restart ends all listings.
     instance: InstanceId,
 }
@@ -111,15 +116,21 @@ impl MemoryStore {
 
     /// An empty store of at most `max_bytes`, documents and overhead together.
     pub fn new(max_bytes: usize, instance: InstanceId) -> Self {
-        Self::open(max_bytes, instance, true)
+        Self::open(max_bytes, instance, RedisClock::default(), true)
     }
 
-    /// An empty store that takes no changes until it has to stand in for Redis.
-    pub fn mirror(max_bytes: usize, instance: InstanceId) -> Self {
-        Self::open(max_bytes, instance, false)
+    /// An empty store that takes no changes until it has to stand in for Redis. Its
+    /// versions go on from `clock`.
+    pub fn mirror(max_bytes: usize, instance: InstanceId, clock: RedisClock) -> Self {
+        Self::open(max_bytes, instance, clock, false)
     }
 
-    fn open(max_bytes: usize, instance: InstanceId, takes_changes: bool) -> Self {
+    fn open(
+        max_bytes: usize,
+        instance: InstanceId,
+        clock: RedisClock,
+        takes_changes: bool,
+    ) -> Self {
         Self {
             shared: Arc::new(Shared {
                 held: Lock::new(Held {
@@ -127,7 +138,9 @@ impl MemoryStore {
                     takes_changes,
                 }),
                 may_be_pending: AtomicBool::new(false),
+                late: Notify::new(),
                 versions: MemoryVersions::new(),
+                clock,
                 instance,
             }),
         }
@@ -211,23 +224,26 @@ impl MemoryStore {
 
     /// Takes no more changes and drops those that were made, in one moment: the
     /// number of groups that were written or deleted. What has expired does not
-    /// count; see [`Self::sweep_changes`].
-    pub fn step_back_and_discard(&self) -> usize {
+    /// count; see [`Self::sweep_changes`]. Redis has to be told of what it may have lost.
+    pub fn step_back_and_discard(&self, losses: &[Loss]) -> usize {
         self.shared.in_steps(|held| {
             let discarded = held.entries.discard(Instant::now())?;
             held.takes_changes = false;
-            held.entries.begin_epoch(Server::Same);
-            self.shared.may_be_pending.store(false, Ordering::SeqCst);
+            held.entries.begin_epoch(losses.to_vec());
+            let may_be_pending = !losses.is_empty();
+            self.shared
+                .may_be_pending
+                .store(may_be_pending, Ordering::SeqCst);
             Ok(discarded)
         })
     }
 
-    /// Takes no more changes; Redis has to be told of those that were made, and
-    /// another Redis process also of what that one has shown.
-    pub fn step_back(&self, server: Server) {
+    /// Takes no more changes; Redis has to be told of those that were made, and of
+    /// what it may have lost.
+    pub fn step_back(&self, losses: Vec<Loss>) {
         let mut held = self.shared.lock();
         held.takes_changes = false;
-        held.entries.begin_epoch(server);
+        held.entries.begin_epoch(losses);
         self.shared.may_be_pending.store(true, Ordering::SeqCst);
     }
 
@@ -243,15 +259,30 @@ impl MemoryStore {
             .was_written_by(&write.write_id)
             .then(|| Written {
                 version: entry.version,
+                replaced: None,
                 expires: expires.and_then(|expires| in_wall_clock_time(expires, now)),
             })
     }
 
-    /// Begins to learn from this Redis process. Whoever's turn it is, stays.
-    pub fn meet(&self, server: Server) {
+    /// Redis may have lost this. Whoever's turn it is, stays.
+    pub fn doubt(&self, losses: Vec<Loss>) {
         let mut held = self.shared.lock();
-        held.entries.begin_epoch(server);
+        held.entries.begin_epoch(losses);
         self.shared.may_be_pending.store(true, Ordering::SeqCst);
+    }
+
+    /// Of what Redis may have lost, the deletes are to be told it once more.
+    pub fn doubt_deletes(&self) {
+        let mut held = self.shared.lock();
+        if held.entries.doubt_deletes() {
+            self.shared.may_be_pending.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Waits until an answer comes that was under way when Redis lost it, so that
+    /// Redis has to be told of it.
+    pub async fn has_come_late(&self) {
+        self.shared.late.notified().await;
     }
 
     /// To be drawn before a call is sent to Redis.
@@ -266,11 +297,19 @@ impl MemoryStore {
 
     /// Takes in what Redis has answered to the call with this ticket. True if
     /// that is a group that was not known before.
-    pub fn learn(&self, key: &GroupKey, mut shown: Shown, ticket: Ticket) -> bool {
+    pub fn learn(&self, key: &GroupKey, shown: Shown, ticket: Ticket) -> bool {
+        let mut shown = shown.claimed(key, &self.shared.instance);
         loop {
+            let now = Instant::now();
             let mut held = self.shared.lock();
-            match held.entries.learn(key, shown, ticket, Instant::now()) {
-                Ok(is_new) => return is_new,
+            match held.entries.learn(key, shown, ticket, now) {
+                Ok(is_new) => {
+                    if !held.entries.is_current(ticket) && held.entries.is_pending(key, now) {
+                        self.shared.may_be_pending.store(true, Ordering::SeqCst);
+                        self.shared.late.notify_one();
+                    }
+                    return is_new;
+                }
                 Err(again) => {
                     shown = again;
                     held.hand_over();
@@ -327,9 +366,8 @@ impl MemoryStore {
     /// A walk over all keys has found none that is pending. `ticket` was drawn
     /// before it began.
     pub fn nothing_pending(&self, ticket: Ticket) {
-        let mut held = self.shared.lock();
+        let held = self.shared.lock();
         if !held.takes_changes && held.entries.is_current(ticket) {
-            held.entries.nothing_unsure();
             self.shared.may_be_pending.store(false, Ordering::SeqCst);
         }
     }
@@ -347,11 +385,11 @@ impl MemoryStore {
         held.entries.carried(key, change, shown, Instant::now());
     }
 
-    /// Redis was offered a version of a key that it may have lost. `is_there`: it
-    /// holds that version now, or a newer one.
-    pub fn offered(&self, key: &GroupKey, version: Version, is_there: bool) {
+    /// Redis was told of a version of a key that was written or deleted here. `holds`:
+    /// it is so in Redis now; otherwise something newer is, or has to be left.
+    pub fn offered(&self, key: &GroupKey, version: Version, holds: bool) {
         let mut held = self.shared.lock();
-        held.entries.offered(key, version, is_there, Instant::now());
+        held.entries.offered(key, version, holds, Instant::now());
     }
 }
 
@@ -467,6 +505,7 @@ impl Shown {
             json: Bytes::copy_from_slice(&found.document.json),
             version,
             left: found.expires.map(|expires| expires.left),
+            ours: None,
         })
     }
 
@@ -476,7 +515,26 @@ impl Shown {
             json: write.head.finish(&write.write_id, written.version).json,
             version: written.version,
             left: written.expires.map(|expires| expires.left),
+            ours: Some(Ours {
+                replaced: written.replaced,
+            }),
         }
+    }
+
+    /// The same; what `instance` has written is marked as such, whoever shows it.
+    fn claimed(mut self, key: &GroupKey, instance: &InstanceId) -> Self {
+        if let Self::Document { json, ours, .. } = &mut self
+            && ours.is_none()
+        {
+            let document = Document {
+                key: key.clone(),
+                json: json.clone(),
+            };
+            *ours = document
+                .was_written_by_one_of(instance)
+                .then_some(Ours { replaced: None });
+        }
+        self
     }
 }
 
@@ -600,7 +658,7 @@ impl Shared {
         };
         let version = self
             .versions
-            .next(previous.max(write.newer_than), micros_since_1970())
+            .next(previous.max(write.newer_than), self.micros_since_1970(now))
             .ok_or_else(|| {
                 let previous = previous.map_or_else(String::new, |version| version.to_string());
                 Refused::Error(StoreError::VersionOutOfRange(previous))
@@ -612,8 +670,18 @@ impl Shared {
             .map_err(|_| full(held))?;
         Ok(WriteOutcome::Written(Written {
             version,
+            replaced: previous,
             expires: in_wall_clock_time(expires, now),
         }))
+    }
+
+    /// By the clock of Redis, if it was ever heard; a wall clock that is set must not
+    /// make versions that have been there, or that are far ahead.
+    fn micros_since_1970(&self, now: Instant) -> i64 {
+        self.clock.at(now).unwrap_or_else(|| {
+            let now = Time::now();
+            now.seconds() * 1_000_000 + i64::from(now.nanos() / 1_000)
+        })
     }
 
     async fn page(&self, prefix: &str, page_size: usize, after: Option<GroupKey>) -> KeyPage {
@@ -691,11 +759,6 @@ fn in_wall_clock_time(moment: Instant, now: Instant) -> Option<Expires> {
     let millis = i64::try_from(left.as_millis()).ok()?;
     let at = Time::from_millis(Time::now().millis().checked_add(millis)?).ok()?;
     Some(Expires { at, left })
-}
-
-fn micros_since_1970() -> i64 {
-    let now = Time::now();
-    now.seconds() * 1_000_000 + i64::from(now.nanos() / 1_000)
 }
 
 #[cfg(test)]
@@ -839,7 +902,7 @@ mod tests {
         while store.usage().groups < MANY + 100 {
             tokio::task::yield_now().await;
         }
-        let discarded = store.step_back_and_discard();
+        let discarded = store.step_back_and_discard(&[]);
         assert_eq!(store.usage().groups, 0);
         assert_eq!(discarded, MANY + writer.join().unwrap());
         store.sweep().await;

@@ -21,7 +21,7 @@ use super::{
     topology::Topology,
     url::Deployment,
 };
-use crate::store::StoreError;
+use crate::{store::StoreError, version::RedisClock};
 
 /// The way to Redis. Cheap to clone.
 #[derive(Clone)]
@@ -44,6 +44,7 @@ pub struct Way {
     events: Arc<Events>,
     bulk: BulkBudget,
     stalls: Arc<Stalls>,
+    clock: RedisClock,
 }
 
 // === impl Connections ===
@@ -70,6 +71,7 @@ impl Connections {
             events: Arc::new(Events::new()),
             bulk: BulkBudget::new(limits.max_bulk_bytes),
             stalls: Arc::new(Stalls::new()),
+            clock: RedisClock::default(),
         });
         let mut tasks = JoinSet::new();
         tasks.spawn(way.stalls.clone().measure());
@@ -181,6 +183,11 @@ impl Connections {
         &self.way.stalls
     }
 
+    /// What time it is in Redis.
+    pub fn clock(&self) -> &RedisClock {
+        &self.way.clock
+    }
+
     /// The time one command gets at most.
     pub fn timeout(&self) -> Duration {
         self.way.settings.timeout
@@ -235,7 +242,13 @@ impl Way {
     /// Opens a link, to `server` where that is found out by asking sentinels.
     fn open_link(&self, server: Option<&Server>) -> Link {
         let config = self.access().config(server);
-        Link::open(server.cloned(), config, self.settings, self.events.clone())
+        Link::open(
+            server.cloned(),
+            config,
+            self.settings,
+            self.events.clone(),
+            self.clock.clone(),
+        )
     }
 
     /// Goes over to the primary that sentinels name.

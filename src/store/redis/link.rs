@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     telemetry::{self, RedisCommand},
-    version::IntervalClock,
+    version::{IntervalClock, RedisClock},
 };
 
 /// Connections to a server; in a cluster each of them leads to every primary.
@@ -77,6 +77,7 @@ pub struct LinkSettings {
 pub struct Known {
     topology: Mutex<Arc<Topology>>,
     clocks: Mutex<HashMap<Node, IntervalClock>>,
+    clock: RedisClock,
     events: Arc<Events>,
     config: Config,
     settings: LinkSettings,
@@ -118,6 +119,7 @@ impl Link {
         config: Config,
         settings: LinkSettings,
         events: Arc<Events>,
+        clock: RedisClock,
     ) -> Self {
         let topology = if config.server.is_clustered() {
             Topology::default()
@@ -131,6 +133,7 @@ impl Link {
         let known = Arc::new(Known {
             topology: Mutex::new(Arc::new(topology)),
             clocks: Mutex::default(),
+            clock,
             events,
             config,
             settings,
@@ -253,7 +256,9 @@ impl Link {
     /// Takes in what time it was on a server between `sent` and now.
     pub fn observe(&self, node: &Node, sent: Instant, redis_now: i64) {
         let events = &self.known.events;
-        let received = events.micros(Instant::now()) + 1;
+        let now = Instant::now();
+        self.known.clock.hear(now, redis_now);
+        let received = events.micros(now) + 1;
         let mut clocks = lock(&self.known.clocks);
         let clock = clocks.entry(node.clone()).or_default();
         clock.observe(events.micros(sent), received, redis_now);

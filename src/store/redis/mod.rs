@@ -14,7 +14,7 @@
 //! | `attempt.rs`, `fault.rs` | when a call is repeated; what an error means for that |
 //! | `topology.rs` | which server holds a key |
 //! | `script.rs`, the `.lua` files | the work on one key; `write.rs` says it in their terms |
-//! | `scan.rs`, `server_info.rs` | listings; what a server says of itself |
+//! | `scan.rs`, `server_info.rs`, `primaries.rs` | listings; what the servers say of themselves |
 //! | `alone.rs` | Redis as a store without a fallback |
 
 mod alone;
@@ -27,6 +27,7 @@ mod fault;
 #[doc(hidden)]
 pub mod fuzzing;
 mod link;
+mod primaries;
 mod renewable;
 mod scan;
 mod script;
@@ -48,6 +49,7 @@ use tokio::{sync::watch, time::Instant};
 pub use self::{
     attempt::Trail,
     link::NoPong,
+    primaries::{Primaries, Shard},
     server_info::ServerInfo,
     settings::{RedisFiles, RedisLimits, RedisSettings},
     write::pipelines,
@@ -70,7 +72,7 @@ use crate::{
     document::Document,
     group::GroupKey,
     telemetry::{self, RedisCommand},
-    version::Version,
+    version::{RedisClock, Version},
 };
 
 /// Keeps documents in Redis. Cheap to clone.
@@ -108,21 +110,16 @@ pub enum Cause {
 #[derive(Clone, Copy, Debug)]
 pub struct LostDocument<'a> {
     pub document: &'a Document,
-    pub version: Version,
     /// What is left of its time to live; None: it never expires.
     pub left: Option<Duration>,
-    /// Whether it is put back also where nothing is stored.
-    pub put_back_absent: bool,
 }
 
 /// What became of a document that Redis may have lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Offered {
     PutBack,
-    /// Redis holds the same version, or a newer one.
-    NotNeeded,
-    /// Redis holds nothing, since somebody has deleted it.
-    Deleted,
+    /// Something else is stored: its version, if it can be read, or nothing.
+    Kept(Option<Version>),
 }
 
 // === impl RedisStore ===
@@ -169,6 +166,11 @@ impl RedisStore {
             lane,
             ..self.clone()
         }
+    }
+
+    /// What time it is in Redis.
+    pub fn clock(&self) -> &RedisClock {
+        self.connections.clock()
     }
 
     /// Waits until every connection is there, at most until `deadline`; false if one is not.
@@ -300,10 +302,12 @@ impl RedisStore {
         Err(attempts.used_up())
     }
 
-    /// Puts back a document that Redis has lost, under the version it had.
+    /// Puts back a document that Redis has lost, under the version it had: where
+    /// nothing is stored, or in place of the version `replaces`.
     pub async fn restore_document(
         &self,
         lost: &LostDocument<'_>,
+        replaces: Option<Version>,
         deadline: Deadline,
     ) -> Result<Offered, NotDone> {
         // Repeating it changes nothing, so a lost answer is of no matter; but it
@@ -313,7 +317,7 @@ impl RedisStore {
         let mut attempts = Attempts::at_write(&self.connections, traffic, deadline, &trail);
         while let Some(attempt) = attempts.next().await {
             let _measured = telemetry::redis_attempt(RedisCommand::Restore);
-            match self.try_restore(lost, &attempt, &trail).await {
+            match self.try_restore(lost, replaces, &attempt, &trail).await {
                 Ok(offered) => return Ok(offered),
                 Err(fault) => attempts.failed(&attempt, fault)?,
             }
@@ -351,8 +355,13 @@ impl RedisStore {
     }
 
     /// What the servers say of themselves.
-    pub async fn server(&self, deadline: Deadline) -> Result<ServerInfo, NotDone> {
-        self.keys.server(deadline).await
+    pub async fn primaries(&self, deadline: Deadline) -> Result<Primaries, NotDone> {
+        self.keys.primaries(deadline).await
+    }
+
+    /// Whether the servers hold just these keys, as far as is known.
+    pub fn has_shards<'a>(&self, shards: impl Iterator<Item = &'a Shard>) -> bool {
+        self.keys.has_shards(shards)
     }
 
     /// Keys of this name to probe with, one on each server.
@@ -571,6 +580,7 @@ impl RedisStore {
     async fn try_restore(
         &self,
         lost: &LostDocument<'_>,
+        replaces: Option<Version>,
         attempt: &Attempt,
         trail: &Trail,
     ) -> Result<Offered, Fault> {
@@ -579,11 +589,10 @@ impl RedisStore {
         let limits = self.script_limits(attempt, &place.node).await?;
         let arguments = vec![
             Value::Bytes(lost.document.json.clone()),
-            lost.version.to_string().into(),
+            replaces.map_or("".into(), |version| version.to_string().into()),
             lost.left
                 .map_or("".into(), |left| left.as_millis().max(1).to_string().into()),
             limits.deadline,
-            if lost.put_back_absent { "1" } else { "" }.into(),
             limits.largest,
         ];
         let reply = self
@@ -591,8 +600,8 @@ impl RedisStore {
             .await?;
         match reply.status.as_str() {
             "restored" => Ok(Offered::PutBack),
-            "kept" => Ok(Offered::NotNeeded),
-            "absent" => Ok(Offered::Deleted),
+            // None for the 0 of an unreadable document, and for nothing.
+            "kept" => Ok(Offered::Kept(reply.integer(0).and_then(Version::new))),
             _ => Err(reply.fault()),
         }
     }

@@ -1,30 +1,26 @@
--- Puts back a document that this server has lost, under the version it had. A
--- document that the server has is older only if the server itself went back in
--- time; such a one is replaced.
+-- Puts back a document that this server has lost, under the version it had: where
+-- nothing is stored, or in place of one version.
 --
 -- KEYS[1]  the key of the document
 -- ARGV[1]  the whole document
--- ARGV[2]  its version
+-- ARGV[2]  the version that must be stored, or '' for none
 -- ARGV[3]  time to live in milliseconds, or '' for ever
 -- ARGV[4]  the deadline: not executed when `now` is past it
--- ARGV[5]  '1' puts it back also where nothing is stored
--- ARGV[6]  bytes of the largest document that is looked at whole
--- ARGV[7]  the digest of the stored document, if its version was asked for, and
--- ARGV[8]  that version; see `look_up`
+-- ARGV[5]  bytes of the largest document that is looked at whole
+-- ARGV[6]  the digest of the stored document, if its version was asked for, and
+-- ARGV[7]  that version; see `look_up`
 --
 -- restored
--- kept      what is stored is not older, or cannot be read
--- absent    nothing is stored, and nothing was put back
+-- kept      {…, version}: something else is stored; '0' if it cannot be read
 
-local key, version = KEYS[1], ARGV[2]
+local key = KEYS[1]
 
 if now > tonumber(ARGV[4]) then return reply('late') end
-local found, err = look_up(key, tonumber(ARGV[6]), ARGV[7], ARGV[8])
+local found, err = look_up(key, tonumber(ARGV[5]), ARGV[6], ARGV[7])
 if not found then return refuse(err, '') end
 if found.whole then return reply('whole', found.whole) end
-local older = found.exists and found.version and beyond(version, found.version)
-if found.exists and not older then return reply('kept') end
-if not found.exists and ARGV[5] ~= '1' then return reply('absent') end
+local stored = found.exists and (found.version or '0') or ''
+if stored ~= ARGV[2] then return reply('kept', stored) end
 
 local done
 if ARGV[3] == '' then

@@ -17,6 +17,7 @@ use super::{
     connection::Connections,
     fault::Fault,
     link::Lane,
+    primaries::{Primaries, Shard},
     script::{self, ScriptReply},
     topology::{Node, Place, Topology},
     write::{Bounded, read_read_reply},
@@ -257,10 +258,28 @@ impl KeySpace {
         })
     }
 
-    /// What Redis says of itself.
-    pub async fn server(&self, deadline: Deadline) -> Result<ServerInfo, NotDone> {
-        let (_, infos) = self.infos(deadline).await?;
-        Ok(ServerInfo::join(infos))
+    /// What the servers say of themselves.
+    pub async fn primaries(&self, deadline: Deadline) -> Result<Primaries, NotDone> {
+        let (topology, infos) = self.infos(deadline).await?;
+        Ok(Primaries {
+            topology,
+            infos,
+            key_prefix: self.key_prefix.clone(),
+        })
+    }
+
+    /// Whether the servers hold just these keys, as far as is known.
+    pub fn has_shards<'a>(&self, shards: impl Iterator<Item = &'a Shard>) -> bool {
+        let topology = self.connections.topology();
+        let nodes = topology.nodes();
+        let now: Vec<_> = nodes
+            .iter()
+            .map(|node| Shard::of(&topology, node, &self.key_prefix))
+            .collect();
+        let known: Vec<_> = shards.collect();
+        // With a hash tag in the key prefix only one of them holds groups.
+        let with_groups = topology.endings(&self.redis_key(&GroupKey::probe("", "")));
+        known.len() == with_groups.len() && known.into_iter().all(|shard| now.contains(shard))
     }
 
     /// The servers as they are now.

@@ -35,6 +35,11 @@ impl ServerInfo {
         })
     }
 
+    /// Whether it throws keys away when its memory is full.
+    pub fn may_evict(&self) -> bool {
+        !self.maxmemory_policy.is_empty() && self.maxmemory_policy != "noeviction"
+    }
+
     /// Of several servers as one, whatever their order.
     pub fn join(mut servers: Vec<Self>) -> Self {
         servers.sort_by(|a, b| a.run_id.cmp(&b.run_id));

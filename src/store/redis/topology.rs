@@ -82,6 +82,30 @@ impl Topology {
         Self { ranges }
     }
 
+    #[cfg(test)]
+    pub fn of_ranges(ranges: Vec<(u16, u16, Node)>) -> Self {
+        Self { ranges }
+    }
+
+    /// First and last slot of each range that a server holds, in order.
+    pub fn slots_of(&self, node: &Node) -> Vec<(u16, u16)> {
+        let ranges = self.ranges.iter().filter(|(_, _, of)| of == node);
+        ranges.map(|(first, last, _)| (*first, *last)).collect()
+    }
+
+    /// Whether these are the slots of everything.
+    pub fn are_all_slots(slots: &[(u16, u16)]) -> bool {
+        slots == [(0, LAST_SLOT)]
+    }
+
+    /// Whether one of these is the slot of a key.
+    pub fn has_slot_of(slots: &[(u16, u16)], key: &str) -> bool {
+        let slot = redis_keyslot(key.as_bytes());
+        slots
+            .iter()
+            .any(|(first, last)| (*first..=*last).contains(&slot))
+    }
+
     /// Every server once, in order; none while a cluster has not been found.
     pub fn nodes(&self) -> Vec<Node> {
         let mut nodes: Vec<_> = self

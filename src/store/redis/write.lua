@@ -16,8 +16,9 @@
 -- ARGV[11] the digest of the stored document, if its version was asked for, and
 -- ARGV[12] that version; see `look_up`
 --
--- written   {…, version, expiry in ms since 1970 or '-1', size, digest}; the
---           last two, of an unreadable document that was replaced, may be absent
+-- written   {…, version, expiry in ms since 1970 or '-1', the version that was
+--           replaced or '0', size, digest}; the last two, of an unreadable document
+--           that was replaced, may be absent
 -- conflict  {…, document or false, expiry of the document}
 
 -- Of `N},"version":N}` with a version of 16 digits.
@@ -46,7 +47,9 @@ local function conflict()
   return reply_with_document('conflict', key, largest_in_reply, stored_expiry())
 end
 
-if was_written_by(write_id, found) then return reply('written', found.version, stored_expiry()) end
+if was_written_by(write_id, found) then
+  return reply('written', found.version, stored_expiry(), '0')
+end
 
 local unreadable = found.exists and not found.version
 local matches = found.exists and found.version == condition
@@ -101,4 +104,4 @@ if #tail ~= TAIL_BYTES or redis.pcall('SETRANGE', key, place, tail) ~= #document
   done = set(string.sub(document, 1, place) .. tail)
   if done.err then return refuse(done.err, lost_since) end
 end
-return reply('written', version, expiry(left), size, digest)
+return reply('written', version, expiry(left), found.version or '0', size, digest)

@@ -98,12 +98,14 @@ pub fn read_write_reply(
 ) -> Result<Bounded<WriteOutcome>, Fault> {
     let outcome = match reply.status.as_str() {
         "written" => {
-            if let Some(bytes) = reply.integer(2) {
-                let (key, sha1) = (key.as_str(), reply.text(3));
+            if let Some(bytes) = reply.integer(3) {
+                let (key, sha1) = (key.as_str(), reply.text(4));
                 seldom!(warn, key, bytes, sha1, "replaced an unreadable document");
             }
             WriteOutcome::Written(Written {
                 version: version(reply, 0)?,
+                // None for 0.
+                replaced: reply.integer(2).and_then(Version::new),
                 expires: expiry(reply, 1),
             })
         }

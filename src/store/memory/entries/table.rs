@@ -203,7 +203,11 @@ impl Table {
                 content: Content::Unknown,
                 version,
                 expires,
-                standing: Standing::Clean { epoch, seen: now },
+                standing: Standing::Clean {
+                    epoch,
+                    seen: now,
+                    ours: None,
+                },
             };
             self.put(key.clone(), entry);
         }

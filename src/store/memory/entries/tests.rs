@@ -17,6 +17,25 @@ fn shown(n: i64, left: Option<Duration>) -> Shown {
         json: Bytes::from_static(b"{}"),
         version: version(n),
         left,
+        ours: None,
+    }
+}
+
+/// The same, of a write of ours.
+fn written(n: i64, left: Option<Duration>) -> Shown {
+    match shown(n, left) {
+        Shown::Document {
+            json,
+            version,
+            left,
+            ..
+        } => Shown::Document {
+            json,
+            version,
+            left,
+            ours: Some(Ours { replaced: None }),
+        },
+        other => other,
     }
 }
 
@@ -49,14 +68,20 @@ fn version_at(entries: &Entries, name: &str, now: Instant) -> Option<i64> {
     entries.get(name, now).map(|entry| entry.version.get())
 }
 
+/// Groups are deleted and made anew by writers whose versions begin again.
 #[test]
-fn within_an_epoch_an_older_version_does_not_replace_a_newer_one() {
+fn of_two_answers_the_later_counts_and_of_calls_that_overlapped_the_newer_version() {
     let (mut entries, now) = entries(1 << 20);
     let ticket = entries.ticket(now);
     learn(&mut entries, &key("k"), shown(32, None), ticket, now);
     learn(&mut entries, &key("k"), shown(16, None), ticket, now);
     assert_eq!(version_at(&entries, "k", now), Some(32));
-    entries.begin_epoch(Server::Same);
+    let now = now + SECOND;
+    let ticket = entries.ticket(now);
+    learn(&mut entries, &key("k"), shown(1, None), ticket, now);
+    assert_eq!(version_at(&entries, "k", now), Some(1));
+    learn(&mut entries, &key("k"), shown(32, None), ticket, now);
+    entries.begin_epoch(vec![]);
     let late = ticket;
     let ticket = entries.ticket(now);
     learn(&mut entries, &key("k"), shown(16, None), ticket, now);
@@ -77,8 +102,8 @@ fn within_an_epoch_an_older_version_does_not_replace_a_newer_one() {
 fn an_answer_of_a_server_that_has_lost_its_data_is_unsure() {
     let (mut entries, now) = entries(1 << 20);
     let late = entries.ticket(now);
-    entries.begin_epoch(Server::LostData);
-    learn(&mut entries, &key("k"), shown(16, None), late, now);
+    entries.begin_epoch(vec![Loss::ALL]);
+    learn(&mut entries, &key("k"), written(16, None), late, now);
     assert!(entries.is_pending(&key("k"), now));
 }
 
@@ -87,8 +112,8 @@ fn an_answer_of_a_server_that_has_lost_its_data_is_unsure() {
 fn what_redis_may_have_lost_is_not_replaced_by_less_before_it_was_offered() {
     let (mut entries, now) = entries(1 << 20);
     let before = entries.ticket(now);
-    learn(&mut entries, &key("k"), shown(32, None), before, now);
-    entries.begin_epoch(Server::LostData);
+    learn(&mut entries, &key("k"), written(32, None), before, now);
+    entries.begin_epoch(vec![Loss::ALL]);
     let ticket = entries.ticket(now + SECOND);
     learn(&mut entries, &key("k"), shown(16, None), ticket, now);
     learn(&mut entries, &key("k"), Shown::Absent, ticket, now);
@@ -105,8 +130,8 @@ fn what_redis_may_have_lost_is_not_replaced_by_less_before_it_was_offered() {
 fn what_was_put_back_contradicts_an_answer_of_the_epoch_before() {
     let (mut entries, now) = entries(1 << 20);
     let before = entries.ticket(now);
-    learn(&mut entries, &key("k"), shown(32, None), before, now);
-    entries.begin_epoch(Server::LostData);
+    learn(&mut entries, &key("k"), written(32, None), before, now);
+    entries.begin_epoch(vec![Loss::ALL]);
     let later = now + SECOND;
     let ticket = entries.ticket(now);
     entries.offered(&key("k"), version(32), true, later);
@@ -300,18 +325,70 @@ fn a_delete_after_a_discard_knows_that_redis_holds_the_group() {
 }
 
 #[test]
-fn only_what_redis_may_have_lost_is_unsure() {
+fn only_what_this_instance_has_written_and_redis_may_have_lost_is_unsure() {
     let (mut entries, now) = entries(1 << 20);
     let ticket = entries.ticket(now);
-    learn(&mut entries, &key("old"), shown(16, None), ticket, now);
-    entries.begin_epoch(Server::LostData);
-    let ticket = entries.ticket(now);
-    learn(&mut entries, &key("new"), shown(16, None), ticket, now);
-    let (keys, next) = entries.pending_keys(None, 10, now);
+    learn(&mut entries, &key("early"), written(16, None), ticket, now);
+    let later = now + SECOND;
+    let ticket = entries.ticket(later);
+    learn(&mut entries, &key("old"), written(16, None), ticket, later);
+    learn(&mut entries, &key("read"), shown(16, None), ticket, later);
+    // Who reads it does not take it away, and who replaces it does.
+    learn(&mut entries, &key("old"), shown(16, None), ticket, later);
+    learn(
+        &mut entries,
+        &key("theirs"),
+        written(16, None),
+        ticket,
+        later,
+    );
+    learn(&mut entries, &key("theirs"), shown(32, None), ticket, later);
+    entries.begin_epoch(vec![Loss {
+        since: Some(later),
+        ..Loss::ALL
+    }]);
+    let ticket = entries.ticket(later);
+    learn(&mut entries, &key("new"), written(16, None), ticket, later);
+    let (keys, next) = entries.pending_keys(None, 10, later);
     assert_eq!((keys, next), (vec![key("old")], None));
-    entries.offered(&key("old"), version(16), true, now);
-    assert!(!entries.is_pending(&key("old"), now));
-    assert_eq!(version_at(&entries, "old", now), Some(16));
+    entries.offered(&key("old"), version(16), true, later);
+    assert!(!entries.is_pending(&key("old"), later));
+    assert_eq!(version_at(&entries, "old", later), Some(16));
+}
+
+#[test]
+fn a_delete_is_unsure_like_a_write_and_can_be_doubted_again() {
+    let (mut entries, now) = entries(1 << 20);
+    let ticket = entries.ticket(now);
+    let left = Some(SECOND * 9);
+    learn(&mut entries, &key("k"), written(16, left), ticket, now);
+    learn(&mut entries, &key("l"), written(16, left), ticket, now);
+    let deleted = Shown::Deleted(version(16));
+    learn(&mut entries, &key("k"), deleted, ticket, now);
+    assert!(!entries.doubt_deletes(), "nothing was lost yet");
+    entries.begin_epoch(vec![Loss::ALL]);
+    assert!(matches!(
+        entries.pending(&key("k"), now),
+        Some(Pending::Unsure { document: None, left: Some(left), .. }) if left == SECOND * 9
+    ));
+    // What Redis has brought back is not learned, and is not believed.
+    let ticket = entries.ticket(now + SECOND);
+    learn(&mut entries, &key("k"), shown(16, None), ticket, now);
+    assert!(entries.contradicts(&key("k"), Some(version(16)), ticket, now));
+    assert!(!entries.contradicts(&key("k"), None, ticket, now));
+    assert!(!entries.contradicts(&key("k"), Some(version(17)), ticket, now));
+    entries.offered(&key("k"), version(16), true, now);
+    entries.offered(&key("l"), version(16), true, now);
+    assert_eq!(entries.pending_keys(None, 10, now).0, []);
+    for _ in 0..3 {
+        assert!(entries.doubt_deletes());
+        assert_eq!(entries.pending_keys(None, 10, now).0, [key("k")]);
+        entries.offered(&key("k"), version(16), true, now);
+    }
+    // What is newer has come after it.
+    entries.doubt_deletes();
+    learn(&mut entries, &key("k"), shown(32, None), ticket, now);
+    assert_eq!(version_at(&entries, "k", now), Some(32));
 }
 
 #[test]
@@ -406,6 +483,7 @@ fn room_for_a_large_group_among_small_ones_is_made_in_steps() {
         json: large,
         version: version(16),
         left: None,
+        ours: None,
     };
     let again = entries.learn(&key("l"), shown, ticket, now);
     let Err(Shown::Document { json, .. }) = again else {
@@ -498,7 +576,9 @@ proptest! {
             let ticket = entries.ticket(now);
             match event {
                 Event::Learn(k, v, l) => {
-                    learn(&mut entries, &key(&k.to_string()), shown(v, Some(SECOND * l as u32)), ticket, now);
+                    let left = Some(SECOND * l as u32);
+                    let shown = if v % 2 == 0 { shown(v, left) } else { written(v, left) };
+                    learn(&mut entries, &key(&k.to_string()), shown, ticket, now);
                 }
                 Event::Absent(k) => {
                     learn(&mut entries, &key(&k.to_string()), Shown::Absent, ticket, now);
@@ -523,7 +603,7 @@ proptest! {
                     entries.delete(&key(&k.to_string()), now);
                     ours.remove(&k);
                 }
-                Event::Epoch => entries.begin_epoch(Server::Restarted),
+                Event::Epoch => entries.begin_epoch(vec![Loss::ALL]),
                 Event::Discard => {
                     while entries.discard(now) == Err(NotYet) {}
                     ours.clear();
@@ -565,7 +645,8 @@ proptest! {
                 let ticket = entries.ticket(now);
                 match event {
                     Event::Learn(k, v, l) => {
-                        let shown = shown(v, Some(SECOND * l as u32));
+                        let left = Some(SECOND * l as u32);
+                        let shown = if v % 2 == 0 { shown(v, left) } else { written(v, left) };
                         learn(entries, &key(&k.to_string()), shown, ticket, now);
                     }
                     Event::Absent(k) => {
@@ -582,7 +663,7 @@ proptest! {
                         entries.change(&key, document(v), expires, id, now).unwrap();
                     }
                     Event::Delete(k) => entries.delete(&key(&k.to_string()), now),
-                    Event::Epoch => entries.begin_epoch(Server::Restarted),
+                    Event::Epoch => entries.begin_epoch(vec![Loss::ALL]),
                     Event::Discard => loop {
                         if let Ok(discarded) = entries.discard(now) {
                             return Some(discarded);
