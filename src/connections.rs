@@ -117,8 +117,9 @@ const AGE_JITTER: f64 = 0.1;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(60);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What may come on a connection before it is read, of one call or of all. It lies in h2 and
-/// is not counted: a hundred clients that send more than we read would hold as many windows.
+/// What may come before it is read of one call, and of all on a connection unless that has
+/// many. It lies in h2 and is not counted: a hundred clients that send more than we read
+/// would hold as many windows.
 const WINDOW_BYTES: u32 = 256 << 10;
 
 /// The time that replies get to leave a connection that is closed after its last call.
@@ -221,7 +222,7 @@ fn http2(tasks: Tasks, max_streams: u32) -> http2::Builder<Tasks> {
         .keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .max_concurrent_streams(max_streams)
-        .initial_connection_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(connection_window(max_streams))
         .initial_stream_window_size(WINDOW_BYTES)
         .max_header_list_size(MAX_HEADER_LIST_BYTES)
         // Calls that were cancelled before they were looked at. By itself h2 ends a
@@ -229,6 +230,15 @@ fn http2(tasks: Tasks, max_streams: u32) -> http2::Builder<Tasks> {
         // hurry comes to that when this process is held up for a moment.
         .max_pending_accept_reset_streams(max_streams as usize);
     http2
+}
+
+/// h2 takes messages of few bytes for a flood, and ends a connection with all calls on it,
+/// when more of them wait to be read than fit into half its window at 256 bytes each.
+fn connection_window(max_streams: u32) -> u32 {
+    const MOST: u32 = (1 << 31) - 1; // of HTTP/2
+    max_streams
+        .saturating_mul(2 * 256)
+        .clamp(WINDOW_BYTES, MOST)
 }
 
 async fn renew(tls: &mut Option<ServerTls>) {
@@ -342,7 +352,9 @@ impl Shared {
         };
         tokio::select! {
             result = io.turns(served) => if let Err(error) = result {
-                tracing::debug!(%peer, %error, "a connection failed");
+                // What hyper says itself is only "http2 error".
+                let cause = std::error::Error::source(&error).map(ToString::to_string);
+                tracing::debug!(%peer, %error, cause, "a connection failed");
             },
             // With all calls that there are on it.
             () = connected.closing() => {}

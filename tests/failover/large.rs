@@ -227,7 +227,8 @@ fn assert_too_large<T>(result: Result<T, Status>) {
 }
 
 fn reason(status: &Status) -> String {
-    status.get_details_error_info().unwrap().reason
+    let info = status.get_details_error_info();
+    info.unwrap_or_else(|| panic!("{status:?}")).reason
 }
 
 /// Bytes that Redis has sent to anybody.

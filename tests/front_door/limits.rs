@@ -504,6 +504,35 @@ async fn calls_that_are_cancelled_in_a_hurry_do_no_harm_to_others_on_their_conne
     assert_eq!(seen, Some((HEADERS, 2_001)));
 }
 
+/// Of small messages that wait to be read h2 counts 256 bytes each, and ends a connection
+/// with more of them than half its window.
+#[tokio::test]
+async fn as_many_small_calls_at_once_as_a_connection_may_have_are_all_answered() {
+    const CALLS: usize = 1_024;
+    let service = Service::start(&[]);
+    let mut wire = Wire::connect(service.addr()).await.unwrap();
+    let headers = wire::headers(STORE);
+    let streams = || (1u32..).step_by(2).take(CALLS);
+    // All in one piece, so that none has been read when the last one comes. The end comes
+    // by itself, as clients in Rust send it.
+    let mut calls = Vec::new();
+    for stream in streams() {
+        calls.extend(frame(HEADERS, END_HEADERS, stream, &headers));
+        calls.extend(frame(DATA, 0, stream, &[0; 5]));
+    }
+    for stream in streams() {
+        calls.extend(frame(DATA, END_STREAM, stream, &[]));
+    }
+    wire.send(&calls).await.unwrap();
+    let mut answered = 0;
+    let seen = wire.frames_until(|kind, _| {
+        answered += usize::from(kind == HEADERS);
+        answered == CALLS || kind == GOAWAY
+    });
+    let seen = within(Duration::from_secs(10), seen).await.unwrap();
+    assert_eq!(seen.map(|(kind, _)| kind), Some(HEADERS));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_calls_on_one_connection_are_cancelled_after_a_millisecond() {
     let service = Service::start(&[]);

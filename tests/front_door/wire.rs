@@ -61,7 +61,7 @@ impl Wire {
     /// server has closed.
     pub async fn frames_until(
         &mut self,
-        looked_for: impl Fn(u8, u32) -> bool,
+        mut looked_for: impl FnMut(u8, u32) -> bool,
     ) -> Option<(u8, u32)> {
         loop {
             let mut head = [0; 9];
