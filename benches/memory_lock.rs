@@ -292,7 +292,7 @@ impl Bench {
                     json: json.clone(),
                     version: version(16),
                     left: Some(DAY),
-                    ours: Some(Ours { replaced: None }),
+                    ours: Some(Ours::new(None)),
                 };
                 store.learn(
                     &GroupKey::new(format!("large {number}")).unwrap(),
@@ -388,7 +388,7 @@ fn learn(store: &MemoryStore, number: usize, left: Duration) {
         json: Bytes::from(vec![b' '; SMALL]),
         version: version(16),
         left: Some(left),
-        ours: Some(Ours { replaced: None }),
+        ours: Some(Ours::new(None)),
     };
     store.learn(&key(number), shown, store.ticket());
 }

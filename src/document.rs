@@ -262,16 +262,27 @@ impl Document {
 
     /// Whether a call of this instance has written the document.
     pub fn was_written_by_one_of(&self, instance: &InstanceId) -> bool {
-        let Some(version) = self.version_in_tail() else {
-            return false;
-        };
-        let tail = format!("\",\"version\":{version}}},\"version\":{version}}}");
-        let Some(rest) = self.json.strip_suffix(tail.as_bytes()) else {
-            return false;
-        };
-        let begin = format!("\"write_id\":\"{}-", instance.as_str());
-        let number = rest.iter().rev().take_while(|c| c.is_ascii_hexdigit());
-        rest[..rest.len() - number.count()].ends_with(begin.as_bytes())
+        let begin = format!("{}-", instance.as_str());
+        let write_id = self.write_id_in_tail();
+        write_id.is_some_and(|write_id| write_id.starts_with(begin.as_bytes()))
+    }
+
+    /// Whether it has a write id. Then its writer's versions never come back, even for a
+    /// group that is deleted and made anew.
+    pub fn has_write_id(&self) -> bool {
+        self.write_id_in_tail().is_some()
+    }
+
+    /// The write id that stands right before the version at the very end.
+    fn write_id_in_tail(&self) -> Option<&[u8]> {
+        const BEGIN: &[u8] = b"\"write_id\":\"";
+        let version = self.version_in_tail()?;
+        let end = format!("\",\"version\":{version}}},\"version\":{version}}}");
+        let rest = self.json.strip_suffix(end.as_bytes())?;
+        let is_part = |c: &&u8| c.is_ascii_alphanumeric() || **c == b'-';
+        let length = rest.iter().rev().take_while(is_part).count();
+        let (before, write_id) = rest.split_at(rest.len() - length);
+        (before.ends_with(BEGIN) && length > 0).then_some(write_id)
     }
 
     /// The version in `},"version":N}` at the very end: what the scripts read of a
@@ -370,11 +381,16 @@ mod tests {
         assert_eq!(written.version(), Some(version(16)));
         assert!(written.was_written_by("i-1"));
         assert!(!written.was_written_by("i-") && !written.was_written_by("i-11"));
+        let instance = InstanceId::random();
+        assert!(written.has_write_id() && !written.was_written_by_one_of(&instance));
+        let ours = head.finish(&instance.next_write_id(), version(16));
+        assert!(ours.was_written_by_one_of(&instance) && ours.has_write_id());
+        assert!(!ours.was_written_by_one_of(&InstanceId::random()));
         // Of another writer, with another tail.
         let foreign = r#"{"version":7,"key":"a","metadata":{"state":"mixed","version":3}}"#;
         let foreign = document("a", foreign);
         assert_eq!(foreign.version(), Some(version(7)));
-        assert!(!foreign.was_written_by("i-1"));
+        assert!(!foreign.was_written_by("i-1") && !foreign.has_write_id());
         assert_eq!(document("a", "{}").version(), None);
         let no_number = r#"{"key":"a","metadata":{"state":"mixed"},"version":007}"#;
         assert_eq!(document("a", no_number).version(), None);

@@ -421,6 +421,10 @@ impl DocumentStore for Failover {
                     if found.is_none() || with_expiry {
                         let shown = Shown::by_read(found.as_ref());
                         self.memory.learn(key, shown, turn.ticket);
+                        if self.memory.is_pending(key) {
+                            // It was deleted here, and another instance has put it back.
+                            continue;
+                        }
                     }
                     return Ok(Backend::Redis.answers(found));
                 }

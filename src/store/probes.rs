@@ -105,6 +105,7 @@ impl Probes {
                 keys: probe.shard.keys(),
                 since: found.and_then(|found| probe.history.written(found)),
                 of_deletes: false,
+                found_at: server.and_then(|server| server.time).and_then(Version::new),
             });
         }
         Ok(look)

@@ -171,6 +171,7 @@ impl Carrier {
                     version,
                     left,
                     ours,
+                    ..
                 }) => {
                     let lost = Lost {
                         document: &document,
@@ -183,8 +184,9 @@ impl Carrier {
                 Some(Pending::Unsure {
                     document: None,
                     version,
+                    found_at,
                     ..
-                }) => self.delete_again(key, version).await,
+                }) => self.delete_again(key, version, found_at).await,
                 Some(Pending::Changed {
                     document,
                     version,
@@ -317,8 +319,14 @@ impl Carrier {
         Ok(is_there)
     }
 
-    /// Deletes what Redis may have brought back: this version, or one before it.
-    async fn delete_again(&self, key: &GroupKey, version: Version) -> Result<(), NotDone> {
+    /// Deletes what Redis may have brought back: this version, or one that was there
+    /// before. `found_at`: see [`Loss::found_at`](super::memory::Loss).
+    async fn delete_again(
+        &self,
+        key: &GroupKey,
+        version: Version,
+        found_at: Option<Version>,
+    ) -> Result<(), NotDone> {
         let found = self
             .redis
             .read_document(key, false, 0, Deadline::NONE)
@@ -329,12 +337,11 @@ impl Carrier {
         };
         let group = found.document.parse().ok();
         let stored = group.as_ref().and_then(|group| group.metadata.version);
-        // The versions of other writers do not rise when a group is made anew.
-        let is_before = |group: &AlertGroup| {
-            stored == Some(version)
-                || (stored < Some(version) && !group.metadata.write_id.is_empty())
-        };
-        if !group.as_ref().is_some_and(is_before) {
+        // The versions of other writers do not rise when a group is made anew, and those
+        // of ours only as the clock of Redis does.
+        let is_older = stored < Some(version) && (found_at.is_none() || stored < found_at);
+        let is_before = stored == Some(version) || is_older;
+        if !is_before || !found.document.has_write_id() {
             self.memory.offered(key, version, false);
             return Ok(());
         }

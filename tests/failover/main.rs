@@ -9,6 +9,7 @@ mod common;
 mod cluster;
 mod large;
 mod life;
+mod lost_data;
 mod mirror;
 mod opening;
 mod recovery;
@@ -21,6 +22,7 @@ use common::{
     fault_proxy::FaultProxy,
     redis_server::RedisServer,
     service::{Client, Service},
+    stalls::pass,
     wait_until,
 };
 use groupstate::grpc::proto as pb;

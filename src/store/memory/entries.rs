@@ -111,6 +111,8 @@ pub enum Pending {
         version: Version,
         left: Option<Duration>,
         ours: Ours,
+        /// See [`Loss::found_at`].
+        found_at: Option<Version>,
     },
 }
 
@@ -376,6 +378,19 @@ impl Entries {
                 {
                     return Ok(false);
                 }
+                if let Some(known) = &known
+                    && !known.is_group
+                    && ticket.epoch == self.epoch
+                    && self.is_back(key, known.version, version, &json)
+                {
+                    if let Some(Standing::Clean {
+                        ours: Some(ours), ..
+                    }) = self.table.standing_mut(key)
+                    {
+                        ours.is_back = true;
+                    }
+                    return Ok(false);
+                }
                 let cost = Entry::cost_of(key, json.len());
                 let Ok(fits) = self.fits(key, cost, now) else {
                     return Err(Shown::Document {
@@ -442,7 +457,7 @@ impl Entries {
                         standing: Standing::Clean {
                             epoch: ticket.epoch,
                             seen: now,
-                            ours: Some(Ours { replaced: None }),
+                            ours: Some(Ours::new(None)),
                         },
                     };
                     self.table.put(key.clone(), entry);
@@ -450,6 +465,21 @@ impl Entries {
                 Ok(false)
             }
         }
+    }
+
+    /// Whether a document is what was deleted here, or was there before: after a loss
+    /// another instance may have put it back.
+    fn is_back(&self, key: &GroupKey, deleted: Version, version: Version, json: &Bytes) -> bool {
+        let is_older = version < deleted
+            && self
+                .losses
+                .found_at(key)
+                .is_some_and(|found_at| version < found_at);
+        let document = || Document {
+            key: key.clone(),
+            json: json.clone(),
+        };
+        (version == deleted || is_older) && document().has_write_id()
     }
 
     /// Whether there is room for a clean entry of `cost`.
@@ -529,6 +559,10 @@ impl Entries {
         match &entry.standing {
             Standing::Dirty { .. } => entry.expires > now || entry.leaves_tombstone(now).is_some(),
             Standing::Clean { ours: None, .. } => false,
+            Standing::Clean {
+                ours: Some(Ours { is_back: true, .. }),
+                ..
+            } => entry.expires > now,
             Standing::Clean { epoch, seen, .. } => {
                 let is_deleted = matches!(entry.content, Content::Deleted);
                 entry.expires > now && self.losses.may_hold(key, *epoch, *seen, is_deleted)
@@ -584,6 +618,7 @@ impl Entries {
                 version: entry.version,
                 left: self.expiry_of(entry).map(|expires| expires - now),
                 ours: (*ours)?,
+                found_at: self.losses.found_at(key),
             }),
         }
     }
@@ -622,9 +657,10 @@ impl Entries {
         {
             return;
         }
-        if let Some(Standing::Clean { epoch, seen, .. }) = self.table.standing_mut(key) {
+        if let Some(Standing::Clean { epoch, seen, ours }) = self.table.standing_mut(key) {
             if holds {
                 (*epoch, *seen) = (current, now);
+                *ours = ours.map(|ours| Ours::new(ours.replaced));
             } else {
                 self.table.remove(key);
             }

@@ -49,6 +49,17 @@ pub enum Standing {
 pub struct Ours {
     /// The version that its write replaced. None: nothing, or one that is not known.
     pub replaced: Option<Version>,
+    /// Whether Redis has shown again what was deleted, so that it has to be deleted again.
+    pub is_back: bool,
+}
+
+impl Ours {
+    pub fn new(replaced: Option<Version>) -> Self {
+        Self {
+            replaced,
+            is_back: false,
+        }
+    }
 }
 
 /// What is known of a group in Redis that was changed here.

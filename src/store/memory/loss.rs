@@ -4,7 +4,7 @@ use std::{fmt, sync::Arc};
 
 use tokio::time::Instant;
 
-use crate::group::GroupKey;
+use crate::{group::GroupKey, version::Version};
 
 /// Keys of groups, by what they have in common.
 pub type Keys = Arc<dyn Fn(&GroupKey) -> bool + Send + Sync>;
@@ -19,6 +19,9 @@ pub struct Loss {
     pub since: Option<Instant>,
     /// Whether only deletes are meant.
     pub of_deletes: bool,
+    /// What time it was there when it was found: the version of a group that is made
+    /// there later is no less. None: it is not known.
+    pub found_at: Option<Version>,
 }
 
 /// The losses that entries may not have been told of yet.
@@ -36,6 +39,7 @@ impl Loss {
         keys: None,
         since: None,
         of_deletes: false,
+        found_at: None,
     };
 
     /// The same, but of deletes only.
@@ -46,12 +50,17 @@ impl Loss {
         }
     }
 
+    fn is_of(&self, key: &GroupKey) -> bool {
+        self.keys.as_ref().is_none_or(|holds| holds(key))
+    }
+
     /// Both in one.
     fn or(&self, other: &Self) -> Self {
         Self {
             keys: None,
             since: self.since.min(other.since),
             of_deletes: self.of_deletes && other.of_deletes,
+            found_at: self.found_at.max(other.found_at),
         }
     }
 }
@@ -108,8 +117,14 @@ impl Losses {
             .any(|(_, loss)| {
                 (is_deleted || !loss.of_deletes)
                     && loss.since.is_none_or(|since| seen >= since)
-                    && loss.keys.as_ref().is_none_or(|holds| holds(key))
+                    && loss.is_of(key)
             })
+    }
+
+    /// When the last loss was found that may be of this key, by the clock of its server.
+    pub fn found_at(&self, key: &GroupKey) -> Option<Version> {
+        let mut latest = self.known.iter().rev().map(|(_, loss)| loss);
+        latest.find(|loss| loss.is_of(key))?.found_at
     }
 }
 
@@ -133,7 +148,7 @@ mod tests {
             Loss {
                 keys: Some(Arc::new(|key| key.as_str().starts_with('a'))),
                 since: Some(later),
-                of_deletes: false,
+                ..Loss::ALL
             },
         );
         assert!(losses.may_hold(&key("a"), 4, later, false));
@@ -158,6 +173,7 @@ mod tests {
                     keys: Some(Arc::new(|_| false)),
                     since: Some(start + Duration::from_secs(epoch)),
                     of_deletes: true,
+                    found_at: None,
                 },
             );
         }

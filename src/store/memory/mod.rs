@@ -304,7 +304,7 @@ impl MemoryStore {
             let mut held = self.shared.lock();
             match held.entries.learn(key, shown, ticket, now) {
                 Ok(is_new) => {
-                    if !held.entries.is_current(ticket) && held.entries.is_pending(key, now) {
+                    if held.entries.is_pending(key, now) {
                         self.shared.may_be_pending.store(true, Ordering::SeqCst);
                         self.shared.late.notify_one();
                     }
@@ -515,9 +515,7 @@ impl Shown {
             json: write.head.finish(&write.write_id, written.version).json,
             version: written.version,
             left: written.expires.map(|expires| expires.left),
-            ours: Some(Ours {
-                replaced: written.replaced,
-            }),
+            ours: Some(Ours::new(written.replaced)),
         }
     }
 
@@ -532,7 +530,7 @@ impl Shown {
             };
             *ours = document
                 .was_written_by_one_of(instance)
-                .then_some(Ours { replaced: None });
+                .then_some(Ours::new(None));
         }
         self
     }

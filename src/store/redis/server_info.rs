@@ -11,6 +11,8 @@ pub struct ServerInfo {
     /// Whether it throws keys away when its memory is full: the first policy
     /// other than `noeviction`, if there is one.
     pub maxmemory_policy: String,
+    /// What time it is there, in microseconds since 1970. None where it does not say.
+    pub time: Option<i64>,
     /// Whether it is no replica; of a cluster, whether none is.
     pub is_primary: bool,
 }
@@ -31,6 +33,9 @@ impl ServerInfo {
                 .copied()
                 .unwrap_or_default()
                 .to_owned(),
+            time: fields
+                .get("server_time_usec")
+                .and_then(|time| time.parse().ok()),
             is_primary: fields.get("role") == Some(&"master"),
         })
     }
@@ -54,6 +59,7 @@ impl ServerInfo {
         Self {
             run_id: run_ids.join(","),
             maxmemory_policy: worst.unwrap_or_default().to_owned(),
+            time: None,
             is_primary: servers.iter().all(|server| server.is_primary),
         }
     }
@@ -67,7 +73,7 @@ mod tests {
     fn several_servers_are_one_whatever_their_order() {
         let server = |run_id: &str, policy: &str| {
             let info = format!(
-                "# Server\r\nrun_id:{run_id}\r\nmaxmemory_policy:{policy}\r\nrole:master\r\n"
+                "# Server\r\nrun_id:{run_id}\r\nmaxmemory_policy:{policy}\r\nrole:master\r\nserver_time_usec:5\r\n"
             );
             ServerInfo::parse(&info).unwrap()
         };
@@ -76,7 +82,8 @@ mod tests {
         assert_eq!(joined, ServerInfo::join(vec![a.clone(), b]));
         assert_eq!(joined.run_id, "a,b");
         assert_eq!(joined.maxmemory_policy, "allkeys-lru");
-        assert_eq!(ServerInfo::join(vec![a.clone()]), a);
+        let one = ServerInfo::join(vec![a.clone()]);
+        assert_eq!((one.run_id, a.time), (a.run_id, Some(5)));
         assert_eq!(ServerInfo::parse("nothing"), None);
     }
 }

@@ -33,7 +33,7 @@ fn written(n: i64, left: Option<Duration>) -> Shown {
             json,
             version,
             left,
-            ours: Some(Ours { replaced: None }),
+            ours: Some(Ours::new(None)),
         },
         other => other,
     }
