@@ -24,7 +24,7 @@ struct Request {
 pub const DEADLINES: [(usize, usize); 3] = [
     (12, 5), // write.lua
     (7, 2),  // delete.lua
-    (8, 4),  // restore.lua
+    (7, 4),  // restore.lua
 ];
 
 /// The last `ARGV` are there only where the script has asked for the version of what is

@@ -7,7 +7,7 @@ use crate::{PREFIX, dashboard, rules, text};
 
 /// Every metric of the service that a rule or a panel uses, without its prefix.
 /// The live test asks a running service for each of them.
-pub const METRICS: [&str; 33] = [
+pub const METRICS: [&str; 35] = [
     "authentication_failures_total",
     "build_info",
     "calls_shed_total",
@@ -17,6 +17,7 @@ pub const METRICS: [&str; 33] = [
     "degraded_writes_carried_total",
     "degraded_writes_discarded_total",
     "degraded_writes_merged_total",
+    "groups_deleted_again_total",
     "groups_put_back_total",
     "groups_restored_total",
     "memory_operations_total",
@@ -27,6 +28,7 @@ pub const METRICS: [&str; 33] = [
     "mirror_entries",
     "mirror_max_bytes",
     "mirror_tombstones",
+    "redis_data_losses_total",
     "redis_duration_seconds_bucket",
     "redis_duration_seconds_count",
     "redis_may_evict",

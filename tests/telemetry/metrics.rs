@@ -65,7 +65,7 @@ const BUCKETS: [&str; 25] = [
 ];
 
 /// What dashboards and rules are written against: name and type.
-const METRICS: [(&str, &str); 31] = [
+const METRICS: [(&str, &str); 33] = [
     ("authentication_failures_total", "counter"),
     ("build_info", "gauge"),
     ("calls_shed_total", "counter"),
@@ -74,6 +74,7 @@ const METRICS: [(&str, &str); 31] = [
     ("degraded_writes_carried_total", "counter"),
     ("degraded_writes_discarded_total", "counter"),
     ("degraded_writes_merged_total", "counter"),
+    ("groups_deleted_again_total", "counter"),
     ("groups_put_back_total", "counter"),
     ("groups_restored_total", "counter"),
     ("memory_operations_total", "counter"),
@@ -84,6 +85,7 @@ const METRICS: [(&str, &str); 31] = [
     ("mirror_entries", "gauge"),
     ("mirror_max_bytes", "gauge"),
     ("mirror_tombstones", "gauge"),
+    ("redis_data_losses_total", "counter"),
     ("redis_duration_seconds", "histogram"),
     ("redis_may_evict", "gauge"),
     ("redis_retries_total", "counter"),
@@ -154,6 +156,8 @@ fn assert_all_zero(scrape: &Scrape) {
         "degraded_writes_merged_total",
         "merge_reports_dropped_total",
         "groups_put_back_total",
+        "groups_deleted_again_total",
+        "redis_data_losses_total",
         "mirror_entries",
         "mirror_tombstones",
         "mirror_bytes",

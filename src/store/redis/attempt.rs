@@ -59,6 +59,8 @@ pub struct Attempts<'a> {
     /// Whether the last attempt was none, since its connection did not lead to the
     /// server.
     unrouted: bool,
+    /// Whether there was no connection for the last attempt.
+    not_connected: bool,
     /// Whether the time has passed before it was the turn of so many bytes.
     no_turn: bool,
     /// Why the last attempt failed.
@@ -193,6 +195,7 @@ impl<'a> Attempts<'a> {
             timed_out: false,
             redirected: false,
             unrouted: false,
+            not_connected: false,
             no_turn: false,
             reason: String::new(),
         }
@@ -246,9 +249,11 @@ impl<'a> Attempts<'a> {
             if let Some(link) = self.connections.link()
                 && let Some(connection) = link.connection(self.traffic.lane)
             {
+                self.not_connected = false;
                 let connection = connection.clone();
                 return Some(self.attempt(link, connection, share, now));
             }
+            self.not_connected = true;
             self.reason = self.connections.why_not();
         }
         None
@@ -335,7 +340,9 @@ impl<'a> Attempts<'a> {
         let lost = self.connections.stalls().lost_since(self.lost_before);
         let was_held_up = lost >= self.connections.timeout() / 2;
         let out_of_time = self.timed_out || self.made == 0;
-        let is_slow = out_of_time && (self.traffic.is_bulky() || was_held_up);
+        // But where there is no connection, that is no matter of time.
+        let is_slow =
+            out_of_time && !self.not_connected && (self.traffic.is_bulky() || was_held_up);
         if self.no_turn {
             NotDone::answered(error)
         } else if is_slow {
