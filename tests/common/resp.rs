@@ -21,10 +21,9 @@ struct Request {
 
 /// The scripts that write, told apart by how many `ARGV` they get at most, and which
 /// of these is the deadline.
-pub const DEADLINES: [(usize, usize); 3] = [
+pub const DEADLINES: [(usize, usize); 2] = [
     (12, 5), // write.lua
-    (7, 2),  // delete.lua
-    (7, 4),  // restore.lua
+    (7, 2),  // delete.lua, restore.lua
 ];
 
 /// The last `ARGV` are there only where the script has asked for the version of what is

@@ -266,3 +266,52 @@ async fn one_shard_that_lost_its_data_gets_its_own_groups_back_and_the_others_no
         assert!(keys_in(&mut connection).await.is_empty());
     }
 }
+
+/// As when an address is given to another server and one connection of two breaks: the
+/// others would go on to the server of before.
+#[tokio::test(flavor = "multi_thread")]
+async fn all_connections_lead_to_one_server() {
+    let mut scene = Scene::new(RECONCILE).await;
+    for i in 0..30 {
+        scene.store(&format!("k/{i}"), &["a"]).await;
+    }
+    let next = RedisServer::start().await;
+    scene.proxy.lead_to(next.addr()).await;
+    // Of the connections that are there, one breaks.
+    let mut before = scene.redis_client().await;
+    kill_one_of_the_service(&mut before).await;
+    wait_until("all connections have moved", HEALED_WITHIN, async || {
+        of_the_service(&mut before.clone()).await.is_empty()
+    })
+    .await;
+    // And what only the server of before has is told to the next one.
+    assert_eq!(listed(&mut scene.client).await, 30);
+    for i in 0..30 {
+        assert_eq!(scene.store(&format!("k/{i}"), &["b"]).await.backend, REDIS);
+        let loaded = scene.load(&format!("k/{i}")).await.unwrap();
+        assert_eq!((loaded.backend, fingerprints(&loaded)), (REDIS, vec!["b"]));
+    }
+    assert_eq!(keys_in(&mut next.connect().await).await.len(), 30);
+}
+
+/// The connections of the service to a server, by their ids.
+async fn of_the_service(connection: &mut MultiplexedConnection) -> Vec<String> {
+    let clients = redis_command(connection, &["CLIENT", "LIST", "TYPE", "normal"]).await;
+    let clients: String = redis::from_redis_value(clients).unwrap();
+    let [user, _] = common::redis_server::login();
+    let field = |line: &str, name: &str| {
+        let mut words = line.split(' ');
+        words.find_map(|word| word.strip_prefix(name).map(str::to_owned))
+    };
+    let ours = clients
+        .lines()
+        .filter(|line| field(line, "user=").as_deref() == Some(user));
+    ours.filter_map(|line| field(line, "id=")).collect()
+}
+
+async fn kill_one_of_the_service(connection: &mut MultiplexedConnection) {
+    let ids = of_the_service(connection).await;
+    assert!(ids.len() > 1, "{ids:?}");
+    let last = ids.last().unwrap();
+    redis_command(connection, &["CLIENT", "KILL", "ID", last]).await;
+}

@@ -82,7 +82,9 @@ fn each_script_has_its_deadline_where_it_is_looked_for() {
         let (deadline, _) = check.split_once("]) then return reply('late')").unwrap();
         (numbers.max().unwrap(), deadline.parse().unwrap())
     });
-    assert_eq!(deadlines, DEADLINES);
+    let [write, delete, restore] = deadlines;
+    assert_eq!([write, delete], DEADLINES);
+    assert_eq!(restore, delete);
 }
 
 #[test]

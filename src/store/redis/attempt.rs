@@ -303,6 +303,7 @@ impl<'a> Attempts<'a> {
         self.timed_out |= Instant::now() >= attempt.answer_by;
         self.redirected = fault == Fault::Redirected;
         self.unrouted = fault == Fault::NoRoute;
+        attempt.heed(&fault);
         match fault {
             Fault::NoRoute => {
                 self.made -= 1;
@@ -409,6 +410,14 @@ impl Attempt {
         }
         span.ends(reply.as_ref().err().map(Fault::kind));
         reply
+    }
+
+    /// Replaces the connection to a server that has become a replica: its address may
+    /// lead to the primary by now.
+    pub fn heed(&self, fault: &Fault) {
+        if fault.is_of_replica() {
+            self.connection.renew();
+        }
     }
 
     /// Runs one command that is answered by 1 or 0.

@@ -69,6 +69,11 @@ impl Fault {
         }
     }
 
+    /// Whether a server refuses to write because it is a replica.
+    pub fn is_of_replica(&self) -> bool {
+        matches!(self, Self::NotRun(text) if text.starts_with("READONLY"))
+    }
+
     /// One word of a small vocabulary: the code of an error reply of Redis, or
     /// what there is instead.
     pub fn kind(&self) -> Cow<'static, str> {

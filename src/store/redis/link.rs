@@ -16,14 +16,20 @@ use fred::{
         Client, ClientLike, Config, ConnectionConfig, Error, EventInterface, PerformanceConfig,
         ReconnectPolicy, Server, ServerConfig, Value,
     },
+    types::{ClusterHash, CustomCommand},
 };
 use futures::future::join_all;
-use tokio::{sync::broadcast::error::RecvError, task::JoinSet, time::Instant};
+use tokio::{
+    sync::{broadcast::error::RecvError, watch},
+    task::JoinSet,
+    time::Instant,
+};
 
 use super::{
     events::Events,
     fault::is_reply_of_redis,
     renewable::Renewable,
+    server_info::ServerInfo,
     topology::{Node, Topology},
 };
 use crate::{
@@ -78,6 +84,9 @@ pub struct Known {
     topology: Mutex<Arc<Topology>>,
     clocks: Mutex<HashMap<Node, IntervalClock>>,
     clock: RedisClock,
+    /// The `run_id` of the only server, as the last connection has met it. A connection
+    /// to another one is replaced: all of them lead to one server. Empty: not known.
+    identity: watch::Sender<String>,
     events: Arc<Events>,
     config: Config,
     settings: LinkSettings,
@@ -134,6 +143,7 @@ impl Link {
             topology: Mutex::new(Arc::new(topology)),
             clocks: Mutex::default(),
             clock,
+            identity: watch::Sender::default(),
             events,
             config,
             settings,
@@ -303,24 +313,78 @@ impl Known {
             ..ConnectionConfig::default()
         };
         connection.tcp.nodelay = Some(true);
-        let policy = ReconnectPolicy::new_exponential(
-            0, // without end
-            Self::RECONNECT_MIN_DELAY_MS,
-            Self::RECONNECT_MAX_DELAY_MS,
-            2,
-        );
+        // Without a cluster a new client takes its place, which asks who is there.
+        let policy = self.is_clustered().then(|| {
+            ReconnectPolicy::new_exponential(
+                0, // without end
+                Self::RECONNECT_MIN_DELAY_MS,
+                Self::RECONNECT_MAX_DELAY_MS,
+                2,
+            )
+        });
         Client::new(
             self.reachable_config(),
             Some(performance),
             Some(connection),
-            Some(policy),
+            policy,
         )
+    }
+
+    fn is_clustered(&self) -> bool {
+        self.config.server.is_clustered()
+    }
+
+    /// Waits until a client is connected, and until it is known to whom. From then on it
+    /// may be used. The `run_id` of the server, or nothing.
+    pub async fn meet(&self, client: &Client) -> Result<String, Error> {
+        client.wait_for_connect().await?;
+        if self.is_clustered() {
+            return Ok(String::new());
+        }
+        let info = CustomCommand::new_static("INFO", ClusterHash::Random, false);
+        let info = client.custom(info, vec!["server"]).await;
+        let run_id = match info {
+            Ok(info) => {
+                let info: String = info;
+                ServerInfo::run_id(&info).unwrap_or_default().to_owned()
+            }
+            // That is told elsewhere.
+            Err(error) if is_reply_of_redis(error.details()) => String::new(),
+            Err(error) => return Err(error),
+        };
+        if let Some(server) = self.config.server.hosts().first() {
+            self.met(server);
+        }
+        if !run_id.is_empty() {
+            self.identity.send_if_modified(|known| {
+                let is_another = *known != run_id;
+                known.clone_from(&run_id);
+                is_another
+            });
+        }
+        Ok(run_id)
+    }
+
+    /// Waits until another connection has met another server than this one.
+    pub async fn is_another(&self, run_id: &str) {
+        let mut identity = self.identity.subscribe();
+        let is_another = |known: &String| !run_id.is_empty() && known != run_id;
+        if identity.wait_for(is_another).await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    /// A client has ended.
+    pub fn failed(&self, error: &Error) {
+        self.events.failed(error);
     }
 
     /// How to connect now: the nodes of a cluster that the URL names may be gone
     /// some day, so those that are known come first.
     fn reachable_config(&self) -> Config {
         let mut config = self.config.clone();
+        // Without it fred connects only as the policy says, and there is none.
+        config.fail_fast = !self.is_clustered();
         if let ServerConfig::Clustered { hosts, .. } = &mut config.server {
             let nodes = lock(&self.topology).nodes();
             let mut reachable: Vec<_> = nodes
@@ -352,7 +416,11 @@ impl Known {
             let mut heard = Ok(());
             while heard != Err(RecvError::Closed) {
                 heard = tokio::select! {
-                    server = reconnects.recv() => server.map(|server| self.met(&server)),
+                    server = reconnects.recv() => server.map(|server| {
+                        if self.is_clustered() {
+                            self.met(&server);
+                        }
+                    }),
                     change = changes.recv() => change.map(|_| {
                         if let Some(routing) = client.cached_cluster_state() {
                             self.learn(Topology::of_cluster(&routing));

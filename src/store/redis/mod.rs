@@ -588,11 +588,11 @@ impl RedisStore {
         let place = self.place(key, attempt).await?;
         let limits = self.script_limits(attempt, &place.node).await?;
         let arguments = vec![
-            Value::Bytes(lost.document.json.clone()),
             replaces.map_or("".into(), |version| version.to_string().into()),
+            limits.deadline,
+            Value::Bytes(lost.document.json.clone()),
             lost.left
                 .map_or("".into(), |left| left.as_millis().max(1).to_string().into()),
-            limits.deadline,
             limits.largest,
         ];
         let reply = self
@@ -681,10 +681,14 @@ impl RedisStore {
             if !matches!(reply, Err(Fault::Lost(_))) {
                 trail.answered();
             }
-            results.push(reply.and_then(ScriptReply::parse).and_then(|reply| {
+            let result = reply.and_then(ScriptReply::parse).and_then(|reply| {
                 attempt.link.observe(&place.node, attempt.sent, reply.now);
                 write::read_write_reply(write.head.key(), &reply)
-            }));
+            });
+            if let Err(fault) = &result {
+                attempt.heed(fault);
+            }
+            results.push(result);
         }
         results
     }

@@ -6,12 +6,18 @@
 //! whatever goes wrong, a new client takes the place of the old one, of which
 //! nothing is left once the calls under way on it have ended.
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicU64, Ordering::Relaxed},
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{
+            AtomicBool, AtomicU64,
+            Ordering::{Relaxed, SeqCst},
+        },
+    },
+    time::Duration,
 };
 
-use fred::prelude::{Client, ClientLike};
+use fred::prelude::{Client, ClientLike, Error};
 use tokio::{sync::Notify, time::Instant};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -23,6 +29,8 @@ use super::{
 /// A connection to a server, or to every primary of a cluster.
 pub struct Renewable {
     client: Mutex<Client>,
+    /// Whether it is connected, and it is known to whom.
+    is_ready: AtomicBool,
     /// Ends the client that is used now.
     renewal: Notify,
     known: Arc<Known>,
@@ -44,6 +52,7 @@ impl Renewable {
     pub fn new(known: Arc<Known>) -> Arc<Self> {
         Arc::new(Self {
             client: Mutex::new(known.new_client()),
+            is_ready: AtomicBool::new(false),
             renewal: Notify::new(),
             known,
             answered: Answered::default(),
@@ -56,7 +65,7 @@ impl Renewable {
     }
 
     pub fn is_connected(&self) -> bool {
-        lock(&self.client).is_connected()
+        self.is_ready.load(SeqCst) && lock(&self.client).is_connected()
     }
 
     /// Replaces the client, whatever it is waiting for.
@@ -98,11 +107,13 @@ impl Renewable {
         })
     }
 
-    /// Keeps a client connected for ever. It connects again by itself after an
-    /// error of the connection. A new one takes its place when it gives up: its task
+    /// Keeps a client connected for ever. To a cluster it connects again by itself after
+    /// an error of a connection. A new one takes its place when it gives up: its task
     /// ends with some errors of a cluster, whatever the policy says. And when it
     /// would not: when it is told to reconnect, it keeps what connections to a
     /// cluster show no error, and waits for a hung server to take what it was sent.
+    /// And without a cluster, when another connection has met another server: an
+    /// address may be moved while connections to where it led before live on.
     pub async fn stay_connected(self: Arc<Self>) {
         loop {
             let client = self.client();
@@ -110,16 +121,33 @@ impl Renewable {
             let _listening =
                 AbortOnDropHandle::new(tokio::spawn(self.known.clone().listen(&client)));
             let task = AbortOnDropHandle::new(client.connect());
-            tokio::select! {
+            let is_of_use = async {
+                let run_id = self.known.meet(&client).await?;
+                self.is_ready.store(true, SeqCst);
+                self.known.is_another(&run_id).await;
+                Ok::<(), Error>(())
+            };
+            let pause = tokio::select! {
+                biased;
                 // A task that ended by a panic is begun anew as well.
                 ended = task => {
                     tracing::debug!(?ended, "connecting to Redis again from the beginning");
-                    tokio::time::sleep(Link::CONNECT_AGAIN).await;
+                    if let Ok(Err(error)) = &ended {
+                        self.known.failed(error);
+                    }
+                    Link::CONNECT_AGAIN
+                }
+                is_another = is_of_use => {
+                    tracing::debug!(?is_another, "a connection to Redis leads elsewhere");
+                    if is_another.is_ok() { Duration::ZERO } else { Link::CONNECT_AGAIN }
                 }
                 () = self.renewal.notified() => {
                     tracing::debug!("a connection to Redis is replaced");
+                    Duration::ZERO
                 }
-            }
+            };
+            self.is_ready.store(false, SeqCst);
+            tokio::time::sleep(pause).await;
             lock(&self.answered.primaries).clear();
             *lock(&self.client) = self.known.new_client();
         }

@@ -20,6 +20,12 @@ pub struct ServerInfo {
 // === impl ServerInfo ===
 
 impl ServerInfo {
+    /// The `run_id` in the reply to `INFO`.
+    pub fn run_id(info: &str) -> Option<&str> {
+        let mut lines = info.lines();
+        lines.find_map(|line| line.trim().strip_prefix("run_id:"))
+    }
+
     /// From the reply to `INFO`.
     pub fn parse(info: &str) -> Option<Self> {
         let fields: HashMap<&str, &str> = info
