@@ -225,6 +225,42 @@ async fn a_slot_that_moves_to_another_primary_loses_nothing() {
     assert_eq!(scene.service.metric("storage_recovery_total").await, 0.0);
 }
 
+/// No call has met a server that sends it elsewhere, so nothing has told the service.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_listing_of_an_idle_instance_is_complete_after_slots_have_moved() {
+    let mut scene = ClusterScene::new(RedisCluster::start().await).await;
+    assert_eq!(scene.store_all(&["a"]).await, [REDIS; KEYS]);
+    // Its mirror is filled; from now on it does nothing.
+    wait_until("it is idle", PROMOTED_WITHIN, async || {
+        scene.service.health().await["status"] == "ok"
+    })
+    .await;
+    scene.cluster.add_primary().await;
+    let mut first = scene.cluster.primaries[0].connect().await;
+    let mut moved = 0;
+    for i in 0..KEYS {
+        let key = format!("group:k/{i}");
+        let slot = redis_command(&mut first, &["CLUSTER", "KEYSLOT", &key]).await;
+        let slot: u16 = redis::from_redis_value(slot).unwrap();
+        let from = RedisCluster::owner_of(slot);
+        if i % 3 == 0 {
+            scene.cluster.migrate(slot, from, 3, &[key]).await;
+            moved += 1;
+        }
+    }
+    assert!(moved >= KEYS / 3);
+    let size = scene.client.size(pb::SizeRequest::default()).await;
+    assert_eq!(size.unwrap().into_inner().count, KEYS as i64);
+    let request = pb::LoadAllRequest::default();
+    let mut all = scene.client.load_all(request).await.unwrap().into_inner();
+    let (mut groups, mut complete) = (0, false);
+    while let Some(batch) = all.message().await.unwrap() {
+        groups += batch.groups.len();
+        complete |= batch.summary.is_some_and(|summary| summary.complete);
+    }
+    assert_eq!((groups, complete), (KEYS, true));
+}
+
 /// Connections to it stay as they are, and are dead: nobody says so.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_primary_that_was_out_of_reach_is_connected_to_anew() {

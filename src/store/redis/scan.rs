@@ -19,7 +19,7 @@ use super::{
     link::Lane,
     primaries::{Primaries, Shard},
     script::{self, ScriptReply},
-    topology::{Node, Place, Topology},
+    topology::{Node, Place, Share, Topology},
     write::{Bounded, read_read_reply},
 };
 use crate::{
@@ -52,6 +52,8 @@ struct Servers {
     /// Another one when any of them is another process, or when a cluster shares
     /// its slots in another way.
     identity: String,
+    /// Whether a slot is on its way from one to another, and its keys with it.
+    is_moving: bool,
 }
 
 /// Where a listing goes on.
@@ -90,6 +92,8 @@ struct Reading {
 // === impl KeySpace ===
 
 impl KeySpace {
+    /// Times that a cluster is looked at until it is known as it is.
+    const LOOKS: usize = 3;
     /// Keys that one `SCAN` looks at.
     const SCAN_COUNT: usize = 1_000;
     /// `SCAN`s that one page makes at most; among foreign keys it may be empty.
@@ -186,6 +190,7 @@ impl KeySpace {
             count += keys.count() as u64;
             position = scanned.next;
         }
+        self.check_identity(&servers, deadline).await?;
         Ok(count)
     }
 
@@ -282,30 +287,50 @@ impl KeySpace {
         known.len() == with_groups.len() && known.into_iter().all(|shard| now.contains(shard))
     }
 
-    /// The servers as they are now.
+    /// The servers as they are now. Of a cluster each is asked for its own slots: what
+    /// fred knows of them is renewed only when a call has met another server than it
+    /// looked for.
     async fn servers(&self, deadline: Deadline) -> Result<Servers, NotDone> {
-        let (topology, infos) = self.infos(deadline).await?;
-        let nodes = topology.nodes();
-        if nodes == [Node::Only] {
-            return Ok(Servers {
-                nodes,
-                identity: ServerInfo::join(infos).run_id,
-            });
-        }
-        if infos.iter().any(|info| !info.is_primary) {
-            // It was a primary when the cluster was last looked at.
+        for _ in 0..Self::LOOKS {
+            let (topology, infos) = self.infos(deadline).await?;
+            let nodes = topology.nodes();
+            if nodes == [Node::Only] {
+                return Ok(Servers {
+                    nodes,
+                    identity: ServerInfo::join(infos).run_id,
+                    is_moving: false,
+                });
+            }
+            let shares = nodes.iter().map(|node| self.share_of(node, deadline));
+            let shares = try_join_all(shares).await?;
+            let mut holders = nodes.iter().zip(&shares);
+            let are_known = holders.all(|(node, share)| topology.slots_of(node) == share.slots);
+            if are_known && infos.iter().all(|info| info.is_primary) {
+                let run_ids: Vec<_> = infos.into_iter().map(|info| info.run_id).collect();
+                return Ok(Servers {
+                    identity: script::sha1_hex(format!("{nodes:?} {shares:?} {run_ids:?}")),
+                    is_moving: shares.iter().any(|share| share.is_moving),
+                    nodes,
+                });
+            }
             self.connections.look_at_cluster().await;
-            return Err(StoreError::ListingRestarted.into());
         }
-        let run_ids: Vec<_> = infos.into_iter().map(|info| info.run_id).collect();
-        Ok(Servers {
-            nodes,
-            identity: script::sha1_hex(format!("{topology:?} {run_ids:?}")),
-        })
+        Err(StoreError::ListingRestarted.into())
     }
 
+    /// The slots of a server of a cluster.
+    async fn share_of(&self, node: &Node, deadline: Deadline) -> Result<Share, NotDone> {
+        let nodes = self.ask(node, "CLUSTER", vec!["NODES".into()], deadline);
+        let nodes = nodes.await?.into_string().unwrap_or_default();
+        let malformed = || StoreError::Bug("CLUSTER NODES: a reply of another form".into());
+        Ok(Share::parse(&nodes).ok_or_else(malformed)?)
+    }
+
+    /// An error unless a listing from beginning to end has gone through these servers.
     async fn check_identity(&self, servers: &Servers, deadline: Deadline) -> Result<(), NotDone> {
-        if self.servers(deadline).await?.identity == servers.identity {
+        let now = self.servers(deadline).await?;
+        // A key that moves may be where the listing has been, and no more where it goes.
+        if now.identity == servers.identity && !now.is_moving {
             Ok(())
         } else {
             Err(StoreError::ListingRestarted.into())
@@ -671,6 +696,7 @@ mod tests {
         let servers = Servers {
             nodes: vec![Node::Only, Node::Only],
             identity: String::new(),
+            is_moving: false,
         };
         let at = |server, cursor| Position { server, cursor };
         assert_eq!(Position::START.next(7, &servers), Some(at(0, 7)));

@@ -25,6 +25,15 @@ pub struct Place {
     pub is_arriving: bool,
 }
 
+/// What a server of a cluster says of its own slots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// First and last slot of each range, in order.
+    pub slots: Vec<(u16, u16)>,
+    /// Whether one of them is on its way to another server, or comes from there.
+    pub is_moving: bool,
+}
+
 /// The servers that hold groups, and the slots of each.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Topology {
@@ -53,6 +62,42 @@ impl fmt::Display for Node {
             Self::Primary(server) => server.fmt(f),
         }
     }
+}
+
+// === impl Share ===
+
+impl Share {
+    /// By the server's own line in what it answered to `CLUSTER NODES`.
+    pub fn parse(cluster_nodes: &str) -> Option<Self> {
+        let mut lines = cluster_nodes.lines();
+        let own = lines.find(|line| line.contains("myself"))?;
+        // id, address, flags, primary, two times, epoch, state; then the slots.
+        let (moving, slots): (Vec<&str>, Vec<&str>) = own
+            .split_whitespace()
+            .skip(8)
+            .partition(|word| word.starts_with('['));
+        let slots = slots.into_iter().map(|word| {
+            let (first, last) = word.split_once('-').unwrap_or((word, word));
+            Some((first.parse().ok()?, last.parse().ok()?))
+        });
+        Some(Self {
+            slots: joined(slots.collect::<Option<_>>()?),
+            is_moving: !moving.is_empty(),
+        })
+    }
+}
+
+/// The same slots in as few ranges as there can be, in order.
+fn joined(mut slots: Vec<(u16, u16)>) -> Vec<(u16, u16)> {
+    slots.sort_unstable();
+    let mut joined: Vec<(u16, u16)> = Vec::with_capacity(slots.len());
+    for (first, last) in slots {
+        match joined.last_mut() {
+            Some((_, end)) if first <= end.saturating_add(1) => *end = last.max(*end),
+            _ => joined.push((first, last)),
+        }
+    }
+    joined
 }
 
 // === impl Topology ===
@@ -90,7 +135,7 @@ impl Topology {
     /// First and last slot of each range that a server holds, in order.
     pub fn slots_of(&self, node: &Node) -> Vec<(u16, u16)> {
         let ranges = self.ranges.iter().filter(|(_, _, of)| of == node);
-        ranges.map(|(first, last, _)| (*first, *last)).collect()
+        joined(ranges.map(|(first, last, _)| (*first, *last)).collect())
     }
 
     /// Whether these are the slots of everything.
@@ -219,6 +264,27 @@ mod tests {
         assert_eq!(three().destination("bar", nodes), Some(primary(7_002)));
         assert_eq!(three().destination("foo", nodes), None);
         assert_eq!(three().destination("bar", ""), None);
+    }
+
+    #[test]
+    fn a_server_says_which_slots_it_has() {
+        let share = |slots: &str| {
+            let line = format!("aa1 127.0.0.1:7001@17001 myself,master - 0 0 1 connected {slots}");
+            Share::parse(&format!(
+                "{line}\nbb2 127.0.0.1:7002@17002 master - 0 1 2 connected 7\n"
+            ))
+        };
+        let of = |slots: &[(u16, u16)], is_moving| {
+            let slots = slots.to_vec();
+            Some(Share { slots, is_moving })
+        };
+        assert_eq!(share("0-5 9 6-7"), of(&[(0, 7), (9, 9)], false));
+        assert_eq!(share("0-5 [5->-bb2]"), of(&[(0, 5)], true));
+        assert_eq!(share("[7-<-bb2]"), of(&[], true));
+        assert_eq!(share(""), of(&[], false));
+        assert_eq!(share("x-y"), None);
+        assert_eq!(Share::parse(""), None);
+        assert_eq!(three().slots_of(&primary(7_003)), [(10_923, 16_383)]);
     }
 
     #[test]
