@@ -231,7 +231,8 @@ pub struct Settings {
           value_parser = age_grace)]
     pub max_connection_age_grace: Duration,
 
-    /// ListKeys, Size and LoadAll calls at once; more are refused.
+    /// ListKeys, Size and LoadAll calls at once; more are refused. A LoadAll that waits for its reader
+    /// does not count.
     #[arg(long, env = "GROUPSTATE_MAX_SCANS", value_name = "COUNT", default_value = "4", value_parser = count)]
     pub max_scans: usize,
 

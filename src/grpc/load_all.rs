@@ -6,7 +6,10 @@ use std::{panic::AssertUnwindSafe, time::Duration};
 use futures::{FutureExt, Stream, StreamExt, stream, stream::BoxStream};
 use prost::Message;
 use tokio::{
-    sync::{OwnedSemaphorePermit, mpsc},
+    sync::{
+        OwnedSemaphorePermit,
+        mpsc::{self, error::TrySendError},
+    },
     time::Instant,
 };
 use tonic::Status;
@@ -19,6 +22,9 @@ use crate::{
 
 /// Sends the messages of a LoadAll.
 struct LoadAllSender {
+    /// Held while it reads, and not while it waits for its reader: who reads slowly
+    /// keeps nobody from listing.
+    permit: Option<OwnedSemaphorePermit>,
     messages: mpsc::Sender<Result<pb::LoadAllResponse, Status>>,
     backend: Backend,
     /// The message that is being filled, and its size.
@@ -36,14 +42,13 @@ enum SendError {
 }
 
 /// What a LoadAll holds when its reader stalls, besides the message that is being
-/// sent.
-pub const BYTES: usize = LoadAllSender::MESSAGE_BYTES;
+/// sent: one that waits, one that is being filled, and what it is filled from.
+pub const BYTES: usize = 3 * LoadAllSender::MESSAGE_BYTES;
 
 /// What the reader of a LoadAll gets.
 pub type Messages = BoxStream<'static, Result<pb::LoadAllResponse, Status>>;
 
-/// Sends what was read in a task of its own, which holds `permit` as long as it
-/// reads.
+/// Sends what was read in a task of its own, which holds `permit` while it reads.
 pub fn messages(
     answer: Answer<LoadAll>,
     context: CallContext,
@@ -55,10 +60,9 @@ pub fn messages(
     let (messages, receiver) = mpsc::channel(1);
     let request_id = context.request_id().clone();
     tokio::spawn(async move {
-        let sent = send_all(answer, messages.clone(), context.deadline());
+        let sent = send_all(answer, permit, messages.clone(), context.deadline());
         let sent = context.work(sent);
         let sent = AssertUnwindSafe(sent).catch_unwind().await;
-        drop(permit);
         let error = match sent {
             Ok(Ok(summary)) => {
                 let result = match summary.problems {
@@ -125,10 +129,21 @@ impl LoadAllSender {
         let mut message = std::mem::take(&mut self.message);
         message.backend = convert::backend(self.backend);
         self.bytes = 0;
-        self.messages
-            .send_timeout(Ok(message), Self::STALL_LIMIT)
-            .await
-            .map_err(|_| SendError::ReaderGone)?;
+        if let Err(not_sent) = self.messages.try_send(Ok(message)) {
+            let TrySendError::Full(message) = not_sent else {
+                return Err(SendError::ReaderGone);
+            };
+            let permit = self.permit.take();
+            let scans = permit.as_ref().map(|permit| permit.semaphore().clone());
+            drop(permit);
+            self.messages
+                .send_timeout(message, Self::STALL_LIMIT)
+                .await
+                .map_err(|_| SendError::ReaderGone)?;
+            if let Some(scans) = scans {
+                self.permit = scans.acquire_owned().await.ok();
+            }
+        }
         self.last_sent = Instant::now();
         Ok(())
     }
@@ -137,11 +152,13 @@ impl LoadAllSender {
 /// Sends a whole LoadAll, its summary last.
 async fn send_all(
     answer: Answer<LoadAll>,
+    permit: OwnedSemaphorePermit,
     messages: mpsc::Sender<Result<pb::LoadAllResponse, Status>>,
     deadline: Deadline,
 ) -> Result<pb::LoadAllSummary, SendError> {
     let mut batches = answer.value;
     let mut sender = LoadAllSender {
+        permit: Some(permit),
         messages,
         backend: answer.backend,
         message: pb::LoadAllResponse::default(),

@@ -41,7 +41,7 @@ struct Replied<T> {
 // === impl Service ===
 
 impl Service {
-    /// At most `max_scans` listings and LoadAlls run at once; more are refused.
+    /// At most `max_scans` listings and LoadAlls read at once; more are refused.
     pub fn new(
         store: Arc<dyn GroupStore>,
         limits: Limits,

@@ -478,6 +478,52 @@ async fn reflection_may_be_switched_off() {
     store(&service, vec![group("k", 1, 1)]).await.unwrap();
 }
 
+/// They have a limit of their own, the bytes that wait for them.
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_that_take_nothing_keep_nobody_from_listing() {
+    const SCANS: usize = 2;
+    let service = Service::start(&["--max-scans", &SCANS.to_string()]);
+    // More than lies in the windows of a client.
+    let mut client = service.client().await;
+    for i in 0..24 {
+        let request = pb::StoreRequest {
+            group: Some(group(&format!("k{i}"), 1, 900_000)),
+            expiry: None,
+        };
+        client.store(request).await.unwrap();
+    }
+    let patience = Duration::from_secs(10);
+    let readers = std::sync::Mutex::new(Vec::new());
+    for _ in 0..2 * SCANS {
+        let client = service.client().await;
+        // Until those before have come to a halt.
+        wait_until("one more reads", patience, async || {
+            let request = pb::LoadAllRequest::default();
+            let stream = client.clone().load_all(request).await;
+            stream.is_ok_and(|stream| {
+                readers.lock().unwrap().push(stream.into_inner());
+                true
+            })
+        })
+        .await;
+    }
+    wait_until("a listing is answered", patience, async || {
+        client
+            .clone()
+            .size(pb::SizeRequest::default())
+            .await
+            .is_ok()
+    })
+    .await;
+    // And who reads on gets the rest.
+    let mut groups = 0;
+    let mut readers = readers.into_inner().unwrap();
+    while let Some(message) = readers[0].message().await.unwrap() {
+        groups += message.groups.len();
+    }
+    assert_eq!(groups, 24);
+}
+
 /// h2 by itself takes 20 of them at once for a flood, and ends the connection with all
 /// calls on it.
 #[tokio::test]
