@@ -43,6 +43,8 @@ pub enum Direction {
 struct Behaviour {
     /// Every byte arrives later by this, in both directions.
     delay: Duration,
+    /// So many bytes go through in a second, in each direction and on each connection.
+    rate: Option<usize>,
     /// Bytes wait, and arrive when this is over.
     held: bool,
     /// Bytes vanish this way.
@@ -82,6 +84,12 @@ impl FaultProxy {
     /// From now on every byte arrives later by this; zero ends it.
     pub fn delay(&self, delay: Duration) {
         self.behaviour.send_modify(|now| now.delay = delay);
+    }
+
+    /// From now on a link that carries so many bytes a second.
+    pub fn limit(&self, bytes_per_second: usize) {
+        self.behaviour
+            .send_modify(|now| now.rate = Some(bytes_per_second));
     }
 
     /// A partition that will heal: bytes wait until [`Self::release`].
@@ -270,6 +278,10 @@ async fn pump(
             if gate.wait_for(|now| !now.held).await.is_err() || to.write_all(&bytes).await.is_err()
             {
                 return;
+            }
+            let rate = gate.borrow().rate;
+            if let Some(rate) = rate {
+                tokio::time::sleep(Duration::from_secs(1) * bytes.len() as u32 / rate as u32).await;
             }
         }
     };

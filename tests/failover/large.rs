@@ -120,6 +120,38 @@ async fn loads_beside_a_writer(loads: usize) -> Vec<Duration> {
     writes
 }
 
+/// It takes longer than any call has, and that is no outage.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_group_is_carried_over_a_slow_link() {
+    let mut scene = Scene::new(&["--on-recovery", "reconcile"]).await;
+    scene.store("small", &["before"]).await;
+    scene.cut_off().await;
+    let request = pb::StoreRequest {
+        group: Some(group_of("large", 700_000)),
+        expiry: None,
+    };
+    let stored = scene.client.store(request).await.unwrap().into_inner();
+    assert_eq!(stored.backend, MEMORY);
+    scene.store("small", &["after"]).await;
+    scene.proxy.limit(1 << 20);
+    scene.proxy.accept();
+    wait_until("it is carried over", Duration::from_secs(10), async || {
+        let health = scene.service.health().await;
+        health["switch"]["state"] == "closed" && health["mirror"]["dirty"] == 0
+    })
+    .await;
+    assert_eq!(scene.service.metric("storage_recovery_total").await, 1.0);
+    let loaded = scene.load("small").await.unwrap();
+    assert_eq!(
+        (loaded.backend, fingerprints(&loaded)),
+        (REDIS, vec!["after"])
+    );
+    let mut redis = scene.redis_client().await;
+    let size = redis_command(&mut redis, &["STRLEN", "group:large"]).await;
+    let size: usize = redis::from_redis_value(size).unwrap();
+    assert!(size > 700_000, "{size}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_value_larger_than_a_document_is_never_read() {
     const VALUE: usize = 20 << 20;

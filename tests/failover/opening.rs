@@ -247,6 +247,45 @@ async fn a_load_that_the_machine_has_held_up_is_answered_all_the_same() {
     }
 }
 
+/// A throttled container, a virtual machine that moves: nothing of that is Redis's doing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_was_stopped_itself_does_not_blame_redis() {
+    let mut scene = Scene::new(&["--on-recovery", "discard"]).await;
+    for round in 0..4 {
+        let calls: Vec<_> = (0..4)
+            .map(|writer| {
+                let mut client = scene.client.clone();
+                tokio::spawn(async move {
+                    let mut last = None;
+                    for i in 0..100 {
+                        let request = pb::StoreRequest {
+                            group: Some(group(&format!("k/{round}/{writer}/{i}"), &["a"])),
+                            expiry: None,
+                        };
+                        // What was under way when it was stopped may have run out of time.
+                        if let Ok(stored) = client.store(request).await {
+                            last = Some(stored.into_inner().backend);
+                        }
+                        tokio::time::sleep(Duration::from_millis(2)).await;
+                    }
+                    last
+                })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        scene.service.process().signal("STOP");
+        tokio::time::sleep(Duration::from_millis(1_500)).await;
+        scene.service.process().signal("CONT");
+        for call in calls {
+            assert_eq!(call.await.unwrap(), Some(REDIS), "{round}");
+        }
+    }
+    assert_eq!(scene.store("k", &["a"]).await.backend, REDIS);
+    assert_eq!(scene.service.metric("storage_recovery_total").await, 0.0);
+    let discarded = scene.service.metric("degraded_writes_discarded_total");
+    assert_eq!(discarded.await, 0.0);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_conflicts_do_not_open_it() {
     let mut scene = Scene::new(&[]).await;

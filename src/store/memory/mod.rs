@@ -805,6 +805,23 @@ mod tests {
         assert_eq!((store.usage().groups, store.usage().bytes), (0, 0));
     }
 
+    /// A wall clock that is ahead must not make versions that Redis comes to only later:
+    /// a group that is deleted and made anew there would get one that has been.
+    #[tokio::test]
+    async fn versions_go_on_from_the_clock_of_redis() {
+        let clock = RedisClock::default();
+        let store = MemoryStore::mirror(1 << 20, InstanceId::random(), clock.clone());
+        store.stand_in();
+        let hour_ago = Time::now().seconds() * 1_000_000 - 3_600_000_000;
+        clock.hear(Instant::now(), hour_ago);
+        let reply = write(&store, "a", Duration::from_secs(9)).await.unwrap();
+        let WriteOutcome::Written(written) = reply.value else {
+            panic!("it was not written");
+        };
+        let ahead = written.version.get() - hour_ago;
+        assert!((0..5_000_000).contains(&ahead), "{ahead} us");
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_full_store_refuses_and_drops_nothing() {
         let store = store(1_000);
