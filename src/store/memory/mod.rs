@@ -781,15 +781,18 @@ mod tests {
         })
     }
 
-    async fn write(store: &MemoryStore, key: &str, ttl: Duration) -> Reply<WriteOutcome> {
-        let write = Write {
+    fn write_of(key: &str, ttl: Duration) -> Write {
+        Write {
             head: head(key),
             condition: Condition::Any,
             expiry: Expiry::After(ttl),
             write_id: "i-1".into(),
             newer_than: None,
-        };
-        DocumentStore::write(store, &write, Deadline::NONE).await
+        }
+    }
+
+    async fn write(store: &MemoryStore, key: &str, ttl: Duration) -> Reply<WriteOutcome> {
+        DocumentStore::write(store, &write_of(key, ttl), Deadline::NONE).await
     }
 
     #[tokio::test(start_paused = true)]
@@ -803,6 +806,30 @@ mod tests {
         assert_eq!(store.usage().groups, 1);
         tokio::time::sleep(Duration::from_secs(4)).await;
         assert_eq!((store.usage().groups, store.usage().bytes), (0, 0));
+    }
+
+    /// Redis has executed it, lost it, and been told all that was known by then.
+    #[tokio::test]
+    async fn an_answer_that_comes_after_a_loss_is_to_be_told_again() {
+        let store = MemoryStore::mirror(1 << 20, InstanceId::random(), RedisClock::default());
+        let ticket = store.ticket();
+        store.doubt(vec![Loss::ALL]);
+        store.nothing_pending(store.ticket());
+        assert!(!store.may_be_pending());
+        let write = write_of("a", Duration::from_secs(9));
+        let written = Written {
+            version: Version::new(16).unwrap(),
+            replaced: None,
+            expires: None,
+        };
+        let key = GroupKey::new("a").unwrap();
+        store.learn(&key, Shown::by_write(&write, &written), ticket);
+        assert!(store.is_pending(&key));
+        store.has_come_late().await;
+        // One that Redis gave after it had been told is none of these.
+        store.offered(&key, written.version, true);
+        store.learn(&key, Shown::by_write(&write, &written), store.ticket());
+        assert!(!store.is_pending(&key));
     }
 
     /// A wall clock that is ahead must not make versions that Redis comes to only later:
