@@ -50,6 +50,8 @@ struct Watch {
 /// The servers that we know.
 struct Known {
     probes: Probes,
+    /// What they have lost, until memory is told: the probes show it once.
+    losses: Vec<Loss>,
     /// What they do when their memory is full, as the log has said it last.
     maxmemory_policy: String,
 }
@@ -81,6 +83,7 @@ impl Recovery {
             )),
             known: tokio::sync::Mutex::new(Known {
                 probes: Probes::new(redis.for_health(), instance.clone()),
+                losses: Vec::new(),
                 maxmemory_policy: String::new(),
             }),
             pong: Mutex::new(None),
@@ -259,10 +262,11 @@ impl Watch {
         let mut known = self.known.lock().await;
         known.probes.use_all_rights().await?;
         let look = known.probes.look().await?;
+        tell_of_losses(&look);
+        known.losses.extend(look.losses.iter().cloned());
         known.probes.renew(&look).await?;
         self.check_policy(&mut known, &look);
-        tell_of_losses(&look);
-        Ok(look.losses)
+        Ok(std::mem::take(&mut known.losses))
     }
 
     fn check_policy(&self, known: &mut Known, look: &Look) {
