@@ -1,4 +1,4 @@
 //! What the targets in `fuzz/` reach of this crate and nobody else does. It is there
-//! only when cargo-fuzz builds it.
+//! when cargo-fuzz builds it, and in unit tests, which notice when it no longer compiles.
 
 pub use crate::store::redis::fuzzing::{ReadBy, read_info, read_reply};

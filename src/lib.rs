@@ -33,7 +33,7 @@ pub mod config;
 pub mod connections;
 pub mod cork;
 pub mod document;
-#[cfg(fuzzing)]
+#[cfg(any(fuzzing, test))]
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod group;

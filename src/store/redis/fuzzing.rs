@@ -7,15 +7,16 @@ use super::{
     fault::Fault,
     script::ScriptReply,
     server_info::ServerInfo,
-    topology::{Node, Topology},
-    write::{read_delete_reply, read_read_reply, read_write_reply, too_early_by},
+    topology::{Node, Share, Topology},
+    write::{Bounded, read_delete_reply, read_read_reply, read_write_reply, too_early_by},
 };
 use crate::{
     group::GroupKey,
     store::{Deletion, documents::StoredDocument, documents::WriteOutcome},
 };
 
-/// What each script's reader makes of one reply; None: a fault.
+/// What each script's reader makes of one reply; None: a fault, or what is stored is too
+/// large to come along.
 #[derive(Debug)]
 pub struct ReadBy {
     pub write: Option<WriteOutcome>,
@@ -30,9 +31,9 @@ pub fn read_reply(key: &GroupKey, lines: &[u8]) -> Option<ReadBy> {
     let reply = ScriptReply::parse(Value::Array(values)).ok()?;
     let _ = too_early_by(&reply);
     Some(ReadBy {
-        write: read_write_reply(key, &reply).ok(),
-        delete: read_delete_reply(key, &reply).ok(),
-        read: read_read_reply(key, &reply).ok(),
+        write: read_write_reply(key, &reply).ok().and_then(whole),
+        delete: read_delete_reply(key, &reply).ok().and_then(whole),
+        read: read_read_reply(key, &reply).ok().and_then(whole),
     })
 }
 
@@ -42,7 +43,15 @@ pub fn read_info(key: &str, text: &str) -> Option<ServerInfo> {
     if let Some(node) = Topology::single().destination(key, text) {
         assert_eq!(node, Node::Only);
     }
+    let _ = Share::parse(text);
     ServerInfo::parse(text)
+}
+
+fn whole<T>(bounded: Bounded<T>) -> Option<T> {
+    match bounded {
+        Bounded::Whole(whole) => Some(whole),
+        Bounded::Larger(_) => None,
+    }
 }
 
 fn value(line: &[u8]) -> Value {

@@ -23,7 +23,7 @@ mod bulk;
 mod connection;
 mod events;
 mod fault;
-#[cfg(fuzzing)]
+#[cfg(any(fuzzing, test))]
 #[doc(hidden)]
 pub mod fuzzing;
 mod link;
