@@ -152,6 +152,11 @@ impl Failover {
             }
             match Box::pin(self.carry(pending, period, time)).await {
                 Ok(()) => time.was_held_up = true,
+                // It may be that Redis has just gone: then memory will answer.
+                Err(Diverted::ShortOfTime(_)) if Instant::now() + Self::LISTING_POLL < time.end => {
+                    time.was_held_up = true;
+                    tokio::time::sleep(Self::LISTING_POLL).await;
+                }
                 Err(Diverted::Answered(failure) | Diverted::ShortOfTime(failure)) => {
                     return Err(failure);
                 }
