@@ -378,9 +378,16 @@ impl HttpBody for Reply {
             if ends.when.as_mut().poll(cx).is_ready() {
                 let trailers = reflection::trailers(status);
                 ends.how = None;
+                // One that has come to its own end ends so: a stop ends the watches of
+                // health, and then the connections.
+                let own_end = match Pin::new(&mut self.body).poll_frame(cx) {
+                    Poll::Ready(Some(Ok(frame))) => frame.into_trailers().ok(),
+                    _ => None,
+                };
                 // With what it holds.
                 (self.body, self.wait) = (Body::empty(), None);
-                return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+                let end = own_end.unwrap_or(trailers);
+                return Poll::Ready(Some(Ok(Frame::trailers(end))));
             }
         }
         Pin::new(&mut self.body).poll_frame(cx)

@@ -610,7 +610,8 @@ impl Failover {
                         *result = match outcome {
                             Ok(outcome) => {
                                 self.learn_write(write, &outcome, turn.ticket);
-                                Some(Ok(Backend::Redis.answers(outcome)))
+                                let kept = self.is_kept(write.head.key(), turn, &time).await;
+                                Some(kept.map(|()| Backend::Redis.answers(outcome)))
                             }
                             Err(failed) => match self.divert(turn.period, &time, failed) {
                                 Diverted::Answered(failure) | Diverted::ShortOfTime(failure) => {
