@@ -144,6 +144,26 @@ async fn what_was_acknowledged_is_put_back_and_what_was_deleted_stays_deleted() 
     }
 }
 
+/// What the server had answered before its last state that survived is in that state, or
+/// was deleted: here by somebody of whom no instance hears.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_written_before_the_state_that_survived_is_not_put_back() {
+    let mut scene = Scene::new(RECONCILE).await;
+    scene.store("deleted", &["a"]).await;
+    // Longer than from one probe to the next.
+    pass(Duration::from_millis(1_200)).await;
+    let mut redis = scene.redis_client().await;
+    redis_command(&mut redis, &["DEL", "group:deleted"]).await;
+    save(&scene).await;
+    scene.store("after", &["a"]).await;
+    pass(Duration::from_millis(1_200)).await;
+    scene.redis.restart().await;
+    has_noticed(&scene.service, 1.0).await;
+    assert_eq!(listed(&mut scene.client).await, 1);
+    let mut redis = scene.redis_client().await;
+    assert_eq!(keys_in(&mut redis).await, ["group:after"]);
+}
+
 /// The process is the same, and nothing but what it holds tells it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redis_that_was_flushed_is_noticed_and_told_again() {
