@@ -32,6 +32,7 @@ use serde::Serialize;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
+    runtime::Handle,
 };
 use tower::ServiceExt;
 
@@ -322,6 +323,7 @@ async fn health(State(admin): State<Arc<Admin>>) -> Json<Health> {
 
 async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
     telemetry::mirror(admin.usage());
+    telemetry::tasks(Handle::current().metrics().num_alive_tasks());
     match &admin.metrics {
         Some(metrics) => ([(CONTENT_TYPE, EXPOSITION)], metrics.render()).into_response(),
         None => (

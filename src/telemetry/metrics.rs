@@ -217,6 +217,7 @@ struct Meters {
     redis_durations: Vec<Histogram>,
     redis_retries: Counter,
     redis_may_evict: Gauge,
+    tasks: Gauge,
     reload_failures: Vec<Counter>,
     connections: Gauge,
     connection_failures: Vec<Counter>,
@@ -438,6 +439,12 @@ impl Meters {
                 Unit::Count,
                 &[],
             ),
+            tasks: gauge(
+                "tokio_tasks",
+                "Tasks of this process that are not over, idle ones included.",
+                Unit::Count,
+                &[],
+            ),
             connections: gauge(
                 "connections",
                 "Connections of gRPC clients that are open.",
@@ -632,6 +639,11 @@ pub fn redis_retries() {
 /// Whether Redis throws groups away when its memory is full.
 pub fn redis_may_evict(may: bool) {
     METERS.redis_may_evict.set(u8::from(may));
+}
+
+/// Tasks that are not over; told when somebody asks.
+pub fn tasks(count: usize) {
+    METERS.tasks.set(count as f64);
 }
 
 /// A client has connected.

@@ -28,6 +28,7 @@ fn well() -> Condition {
             cpu: 0.01,
             resident_bytes: 10 << 20,
             threads: 5,
+            tasks: 12,
             descriptors: 20,
             connections: vec![4],
             log_lines: 0,
@@ -78,6 +79,7 @@ fn an_instance_that_takes_more_or_has_fewer_connections_is_worse() {
     assert_eq!(worse(|now| now.needs.cpu = 0.5), 1);
     assert_eq!(worse(|now| now.needs.resident_bytes = 50 << 20), 1);
     assert_eq!(worse(|now| now.needs.threads = 50), 1);
+    assert_eq!(worse(|now| now.needs.tasks = 15), 1);
     assert_eq!(worse(|now| now.needs.descriptors = 21), 1);
     assert_eq!(worse(|now| now.needs.connections = vec![5]), 1);
     assert_eq!(worse(|now| now.needs.connections = vec![3]), 1);

@@ -1,6 +1,6 @@
 //! After a failure everything is as fast as before, and takes no more: of each kind of
 //! failure, each rpc is measured before it and after the recovery, and with that idle
-//! CPU, memory, threads, open files, connections to Redis, and what is logged.
+//! CPU, memory, threads, tasks, open files, connections to Redis, and what is logged.
 //!
 //! | module | what is in it |
 //! |---|---|

@@ -47,8 +47,10 @@ fn print(place: &str, report: &Report) {
         println!("| {} | {} |", row.failure, medians(row).join(" | "));
     }
     println!("\n### {place}: what the instance takes while idle, before → after\n");
-    println!("| after | CPU, % | memory, MiB | threads | open files | connections to Redis |");
-    println!("|---|---|---|---|---|---|");
+    println!(
+        "| after | CPU, % | memory, MiB | threads | tasks | open files | connections to Redis |"
+    );
+    println!("|---|---|---|---|---|---|---|");
     for row in &report.rows {
         println!("| {} | {} |", row.failure, needs(row).join(" | "));
     }
@@ -65,6 +67,7 @@ fn needs(row: &Row) -> Vec<String> {
         both(row, |now| format!("{:.1}", now.needs.cpu * 100.0)),
         both(row, |now| mib(now.needs.resident_bytes)),
         both(row, |now| now.needs.threads.to_string()),
+        both(row, |now| now.needs.tasks.to_string()),
         both(row, |now| now.needs.descriptors.to_string()),
         both(row, |now| {
             now.needs.connections.iter().sum::<usize>().to_string()

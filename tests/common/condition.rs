@@ -58,6 +58,8 @@ pub struct Needs {
     pub cpu: f64,
     pub resident_bytes: usize,
     pub threads: usize,
+    /// Of tokio.
+    pub tasks: usize,
     pub descriptors: usize,
     /// Connections as each primary counts them.
     pub connections: Vec<usize>,
@@ -91,6 +93,8 @@ const WAYS: u32 = 4;
 const RESIDENT_SLACK: usize = 16 << 20;
 /// Of the pool for blocking work, which keeps them for ten seconds.
 const THREADS_SLACK: usize = 8;
+/// Of callers that have just left.
+const TASKS_SLACK: usize = 2;
 const CPU_SLACK: f64 = 0.05;
 /// After a recovery an instance may have something to do for a while: groups to be
 /// carried over, a mirror to be filled.
@@ -207,6 +211,7 @@ impl Subject<'_> {
             cpu: spent.as_secs_f64() / begin.elapsed().as_secs_f64(),
             resident_bytes: self.service.resident_bytes(),
             threads: count("task"),
+            tasks: self.service.metric("tokio_tasks").await as usize,
             descriptors: count("fd"),
             connections,
             log_lines: self.service.log().len() - lines,
@@ -421,6 +426,7 @@ impl Condition {
             RESIDENT_SLACK,
         );
         judge("threads", then.threads, now.threads, THREADS_SLACK);
+        judge("tasks", then.tasks, now.tasks, TASKS_SLACK);
         judge("open files", then.descriptors, now.descriptors, 0);
         judge("lines of log while idle", 0, now.log_lines, 0);
         // A connection to a cluster leads to every primary, and once more to any server,

@@ -65,7 +65,7 @@ const BUCKETS: [&str; 25] = [
 ];
 
 /// What dashboards and rules are written against: name and type.
-const METRICS: [(&str, &str); 33] = [
+const METRICS: [(&str, &str); 34] = [
     ("authentication_failures_total", "counter"),
     ("build_info", "gauge"),
     ("calls_shed_total", "counter"),
@@ -98,6 +98,7 @@ const METRICS: [(&str, &str); 33] = [
     ("storage_operations_total", "counter"),
     ("storage_recovery_total", "counter"),
     ("switch_state", "gauge"),
+    ("tokio_tasks", "gauge"),
     ("trace_spans_dropped_total", "counter"),
 ];
 
