@@ -17,6 +17,8 @@ run: ## Build and start the service, by default with groups in memory; ARGS='--r
 	@$(MAKE) --no-print-directory next-step
 	@exec cargo run --release --locked --quiet --bin groupstate -- $(ARGS)
 
+# Twice as many tests at once as there are processors: most of their time they wait.
+test: export RUST_TEST_THREADS ?= $(shell expr 2 \* $$(nproc))
 test: tools ## Install what the tests need, then run them all
 	cargo test --locked --no-fail-fast
 
