@@ -25,6 +25,7 @@ use groupstate::{
         Deadline, Expiry,
         documents::{Condition, DocumentStore, Write},
         memory::{Loss, MemoryStore, Ours, Shown, times},
+        switch::OnRecovery,
     },
     version::{InstanceId, RedisClock, Version},
 };
@@ -127,7 +128,12 @@ impl Bench {
     /// Calls, listings, and an outage after which everything is dropped.
     async fn of_a_store_that_answers(&mut self) {
         let groups = self.groups;
-        let store = MemoryStore::mirror(MAX_BYTES, InstanceId::random(), RedisClock::default());
+        let store = MemoryStore::mirror(
+            MAX_BYTES,
+            InstanceId::random(),
+            RedisClock::default(),
+            OnRecovery::Discard,
+        );
         store.stand_in();
         let fill = async {
             for number in 0..groups {
@@ -184,7 +190,12 @@ impl Bench {
     /// all expire at once.
     async fn of_a_mirror_that_redis_fills(&mut self) {
         let groups = self.groups;
-        let store = MemoryStore::mirror(MAX_BYTES, InstanceId::random(), RedisClock::default());
+        let store = MemoryStore::mirror(
+            MAX_BYTES,
+            InstanceId::random(),
+            RedisClock::default(),
+            OnRecovery::Discard,
+        );
         let expire = Instant::now() + Duration::from_secs(60);
         let learn_all = async {
             for number in 0..groups {
@@ -224,7 +235,12 @@ impl Bench {
     /// A mirror of which all was changed in an outage.
     async fn of_a_mirror_that_is_told_of(&mut self) {
         let groups = self.groups;
-        let store = MemoryStore::mirror(MAX_BYTES, InstanceId::random(), RedisClock::default());
+        let store = MemoryStore::mirror(
+            MAX_BYTES,
+            InstanceId::random(),
+            RedisClock::default(),
+            OnRecovery::Discard,
+        );
         for number in 0..groups {
             learn(&store, number, DAY);
         }
@@ -275,6 +291,7 @@ impl Bench {
             self.groups * (small + 290),
             InstanceId::random(),
             RedisClock::default(),
+            OnRecovery::Discard,
         );
         for number in 0..self.groups {
             learn(&store, number, DAY);

@@ -152,7 +152,12 @@ fn of_memory() -> [Piece; 2] {
 
 /// What the failover adds to a call that Redis answers.
 fn of_failover() -> [Piece; 3] {
-    let mirror = MemoryStore::mirror(MANY_BYTES, InstanceId::random(), RedisClock::default());
+    let mirror = MemoryStore::mirror(
+        MANY_BYTES,
+        InstanceId::random(),
+        RedisClock::default(),
+        OnRecovery::Discard,
+    );
     let key = GroupKey::new(load::key_of(0)).expect("a valid key");
     let write = write_of(&group_of(2));
     let (learning, learned) = (mirror.clone(), key.clone());

@@ -88,7 +88,12 @@ impl Failover {
     /// Starts to watch over Redis. Until it answers, memory does.
     pub fn open(redis: RedisStore, settings: FailoverSettings, instance: InstanceId) -> Self {
         let clock = redis.clock().clone();
-        let memory = MemoryStore::mirror(settings.mirror_max_bytes, instance.clone(), clock);
+        let memory = MemoryStore::mirror(
+            settings.mirror_max_bytes,
+            instance.clone(),
+            clock,
+            settings.on_recovery,
+        );
         tokio::spawn(memory.clone().sweep_forever());
         let switch = Arc::new(Switch::new(memory.clone(), settings.on_recovery));
         let recovery = Recovery::start(
@@ -137,7 +142,7 @@ impl Failover {
         keys: impl Iterator<Item = &'a GroupKey> + Clone + Send,
         time: &mut CallTime,
     ) -> Result<Option<RedisTurn>, Failure> {
-        time.take_turn()?;
+        time.take_turn().await?;
         let Some(period) = self.switch.redis_period() else {
             return Ok(None);
         };
@@ -638,9 +643,12 @@ impl Failover {
 impl CallTime {
     /// A call without a deadline is answered within this.
     const BOUND: Duration = Duration::from_millis(950);
-    /// Turns of Redis and memory that a call waits for: more than one only when
-    /// the switch turns in the middle of it.
-    const MOST_TURNS: u32 = 8;
+    /// A call has further turns when the switch turns in the middle of it, or when Redis
+    /// has to be asked again. From the third one on it waits before each, for twice as
+    /// long as before the last one...
+    const FIRST_PAUSE: Duration = Duration::from_millis(1);
+    /// ...but no longer than this.
+    const LONGEST_PAUSE: Duration = Duration::from_millis(32);
 
     fn new(deadline: Deadline) -> Self {
         Self {
@@ -651,13 +659,17 @@ impl CallTime {
         }
     }
 
-    /// Begins a turn, unless there were too many, or it is too late.
-    fn take_turn(&mut self) -> Result<(), Failure> {
+    /// Begins a turn, unless it is too late.
+    async fn take_turn(&mut self) -> Result<(), Failure> {
         self.turns += 1;
         if self.turns == 1 {
             return Ok(());
         }
-        if self.turns > Self::MOST_TURNS || Instant::now() >= self.end {
+        if let Some(doublings @ 0..) = self.turns.checked_sub(3) {
+            let pause = Self::FIRST_PAUSE * (1 << doublings.min(5));
+            tokio::time::sleep(pause.min(Self::LONGEST_PAUSE)).await;
+        }
+        if Instant::now() >= self.end {
             return Err(Backend::Memory.fails(StoreError::Unavailable(
                 "Redis and memory keep taking turns; try again".into(),
             )));

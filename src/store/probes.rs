@@ -106,6 +106,7 @@ impl Probes {
                 since: found.and_then(|found| probe.history.written(found)),
                 of_deletes: false,
                 found_at: server.and_then(|server| server.time).and_then(Version::new),
+                last_heard: probe.history.last(),
             });
         }
         Ok(look)

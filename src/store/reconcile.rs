@@ -65,8 +65,14 @@ pub struct Carrier {
 
 type Carrying = Shared<BoxFuture<'static, Result<(), NotDone>>>;
 
-/// The next step for a key. `ours`: our group, None if it was deleted here.
-pub fn next_step(ours: Option<&AlertGroup>, changed: &Changed, theirs: &Theirs) -> Step {
+/// The next step for a key. `ours`: our group, None if it was deleted here. `is_ancestor`:
+/// what is stored was there before what was changed here, since Redis has gone back.
+pub fn next_step(
+    ours: Option<&AlertGroup>,
+    changed: &Changed,
+    theirs: &Theirs,
+    is_ancestor: bool,
+) -> Step {
     let theirs = match theirs {
         Theirs::Group(theirs) => theirs,
         // Nothing to merge with; a Store would have replaced it as well.
@@ -78,7 +84,7 @@ pub fn next_step(ours: Option<&AlertGroup>, changed: &Changed, theirs: &Theirs) 
         return Step::Nothing;
     };
     let write_id = &theirs.metadata.write_id;
-    let is_base = changed.base.is_some_and(|(base, _)| base == stored);
+    let is_base = is_ancestor || changed.base.is_some_and(|(base, _)| base == stored);
     let is_ours = changed.maybe_in_redis.iter().any(|id| id == write_id);
     let Some(ours) = ours else {
         // A delete concerns the version that was there when it was made.
@@ -108,6 +114,13 @@ pub fn next_step(ours: Option<&AlertGroup>, changed: &Changed, theirs: &Theirs) 
     }
 }
 
+/// A version that nobody else gives, so little after another one that no clock has moved.
+fn just_after(version: Version) -> Version {
+    const MICROS: std::ops::Range<i64> = 1..1_000;
+    let after = version.get().saturating_add(rand::random_range(MICROS));
+    Version::new(after).unwrap_or(version)
+}
+
 /// Whether two groups say the same besides version and write id.
 fn same_metadata(a: &AlertGroup, b: &AlertGroup) -> bool {
     let mut b = b.metadata.clone();
@@ -122,8 +135,6 @@ impl Carrier {
     /// Steps for one key at most: each further one means that another writer
     /// came in between.
     const MOST_STEPS: usize = 10;
-    /// Stands for "never": no call can write that.
-    const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 3_600);
 
     pub fn new(redis: RedisStore, memory: MemoryStore, instance: &InstanceId) -> Self {
         Self {
@@ -171,22 +182,23 @@ impl Carrier {
                     version,
                     left,
                     ours,
-                    ..
+                    around,
                 }) => {
                     let lost = Lost {
                         document: &document,
                         version,
                         left,
                         ours,
+                        last_heard: around.last_heard,
                     };
                     self.put_back(&lost).await
                 }
                 Some(Pending::Unsure {
                     document: None,
                     version,
-                    found_at,
+                    around,
                     ..
-                }) => self.delete_again(key, version, found_at).await,
+                }) => self.delete_again(key, version, around.found_at).await,
                 Some(Pending::Changed {
                     document,
                     version,
@@ -251,14 +263,18 @@ impl Carrier {
         };
         let theirs = found.document.parse().ok();
         let stored = theirs.as_ref().and_then(|theirs| theirs.metadata.version);
-        let (Some(theirs), Some(stored)) = (theirs, stored.filter(|it| *it < lost.version)) else {
-            // What is newer may come of ours.
+        let is_ours = found.document.was_written_by_one_of(&self.instance);
+        let comes_of_it = |stored: Version| {
+            // What has survived, and what this instance has written since, comes of it.
+            stored == lost.version
+                || stored > lost.version && (is_ours || Some(stored) <= lost.last_heard)
+        };
+        let (Some(theirs), Some(stored)) = (theirs, stored.filter(|it| !comes_of_it(*it))) else {
             self.memory.offered(key, lost.version, false);
             self.memory.learn(key, Shown::by_read(Some(&found)), ticket);
             return Ok(());
         };
-        let is_ancestor = lost.ours.replaced == Some(stored)
-            || found.document.was_written_by_one_of(&self.instance);
+        let is_ancestor = stored < lost.version && (is_ours || lost.ours.replaced == Some(stored));
         if is_ancestor {
             return self.restore(lost, Some(stored)).await.map(|_| ());
         }
@@ -270,23 +286,31 @@ impl Carrier {
             self.memory.learn(key, Shown::by_read(Some(&found)), ticket);
             return Ok(());
         }
-        let left = lost.left.unwrap_or(Self::CENTURY);
-        let expiry = match found.expires {
-            Some(expires) => Expiry::After(expires.left.max(left)),
-            None => Expiry::Keep { otherwise: left },
-        };
-        let write = Write {
-            head: DocumentHead::new(&merged.group),
-            condition: Condition::Version(stored),
-            expiry,
-            write_id: self.instance.next_write_id(),
-            newer_than: Some(lost.version),
-        };
+        // It says nothing that was not there before the loss, and must not look newer: who
+        // has deleted the group since then would not know it again.
+        let version = just_after(lost.version.max(stored));
+        let document =
+            DocumentHead::new(&merged.group).finish(&self.instance.next_write_id(), version);
+        let left = found.expires.map(|expires| expires.left).zip(lost.left);
+        let left = left.map(|(theirs, ours)| theirs.max(ours));
         let ticket = self.memory.ticket();
-        if let Some(written) = self.write_once(&write).await? {
+        let merged_document = LostDocument {
+            document: &document,
+            left,
+        };
+        let restored = self
+            .redis
+            .restore_document(&merged_document, Some(stored), Deadline::NONE)
+            .await?;
+        if matches!(restored, Offered::PutBack) {
             self.memory.offered(key, lost.version, false);
-            self.memory
-                .learn(key, Shown::by_write(&write, &written), ticket);
+            let shown = Shown::Document {
+                json: document.json,
+                version,
+                left,
+                ours: Some(Ours::new(Some(stored))),
+            };
+            self.memory.learn(&lost.document.key, shown, ticket);
             telemetry::groups_put_back(1);
             if !merged.dropped.is_empty() {
                 telemetry::reports_dropped(key, &merged.dropped);
@@ -385,7 +409,15 @@ impl Carrier {
             Some(Ok(group)) => Theirs::Group(Box::new(group)),
             Some(Err(_)) => Theirs::Unreadable,
         };
-        match next_step(group.as_ref(), &ours.changed, &theirs) {
+        // This instance knew its own writes when it made the change.
+        let is_ancestor = match (&found, &theirs) {
+            (Some(found), Theirs::Group(theirs)) => {
+                theirs.metadata.version < Some(ours.version)
+                    && found.document.was_written_by_one_of(&self.instance)
+            }
+            _ => false,
+        };
+        match next_step(group.as_ref(), &ours.changed, &theirs, is_ancestor) {
             Step::Nothing => {
                 self.carried(ours, Shown::by_read(found.as_ref()));
                 Ok(())
@@ -542,6 +574,8 @@ struct Lost<'a> {
     /// What is left of its time to live; None: it never expires.
     left: Option<Duration>,
     ours: Ours,
+    /// See [`Loss::last_heard`](super::memory::Loss).
+    last_heard: Option<Version>,
 }
 
 impl Drop for Running {
@@ -603,6 +637,7 @@ mod tests {
             base: Some((version(16), Instant::now())),
             maybe_in_redis: vec!["lost-1".into(), "lost-2".into()],
             change: 1,
+            before: None,
         }
     }
 
@@ -618,7 +653,7 @@ mod tests {
             (Theirs::Absent, Condition::Absent),
             (Theirs::Unreadable, Condition::Any),
         ] {
-            let step = next_step(Some(&ours), &changed(), &theirs);
+            let step = next_step(Some(&ours), &changed(), &theirs, false);
             assert_eq!(step, Step::Carry(condition));
         }
     }
@@ -627,10 +662,16 @@ mod tests {
     fn what_has_arrived_already_is_left_alone() {
         let ours = group(&["a"], "ours", 24);
         let arrived = theirs(&["a"], "ours", 32);
-        assert_eq!(next_step(Some(&ours), &changed(), &arrived), Step::Nothing);
+        assert_eq!(
+            next_step(Some(&ours), &changed(), &arrived, false),
+            Step::Nothing
+        );
         // And so is a merge.
         let merged = theirs(&["a", "b"], "merged", 32);
-        assert_eq!(next_step(Some(&ours), &changed(), &merged), Step::Nothing);
+        assert_eq!(
+            next_step(Some(&ours), &changed(), &merged, false),
+            Step::Nothing
+        );
     }
 
     #[test]
@@ -638,7 +679,7 @@ mod tests {
         let ours = group(&["a"], "ours", 24);
         let lesser = theirs(&["a"], "ours", 16);
         assert_eq!(
-            next_step(Some(&ours), &Changed::default(), &lesser),
+            next_step(Some(&ours), &Changed::default(), &lesser, false),
             Step::Carry(Condition::Version(version(16)))
         );
     }
@@ -646,7 +687,12 @@ mod tests {
     #[test]
     fn what_another_has_changed_is_merged() {
         let ours = group(&["a"], "ours", 24);
-        let step = next_step(Some(&ours), &changed(), &theirs(&["b"], "theirs", 48));
+        let step = next_step(
+            Some(&ours),
+            &changed(),
+            &theirs(&["b"], "theirs", 48),
+            false,
+        );
         let Step::Merge {
             group, replaces, ..
         } = step
@@ -661,7 +707,7 @@ mod tests {
     fn a_group_without_a_write_id_is_nobodys_but_its_writers() {
         // As the Go service writes it.
         let ours = group(&["a"], "", 24);
-        let step = next_step(Some(&ours), &changed(), &theirs(&["b"], "", 48));
+        let step = next_step(Some(&ours), &changed(), &theirs(&["b"], "", 48), false);
         assert!(matches!(step, Step::Merge { .. }), "{step:?}");
     }
 
@@ -674,7 +720,11 @@ mod tests {
             (Theirs::Absent, Step::Nothing),
             (Theirs::Unreadable, Step::Nothing),
         ] {
-            assert_eq!(next_step(None, &changed(), &theirs), step, "{theirs:?}");
+            assert_eq!(
+                next_step(None, &changed(), &theirs, false),
+                step,
+                "{theirs:?}"
+            );
         }
     }
 }

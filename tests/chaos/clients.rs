@@ -1,8 +1,8 @@
 //! Clients that store, swap, delete and load all the time, and remember what
 //! they were told.
 //!
-//! Each key goes to one instance only, as the contract asks of clients. A writer
-//! makes one call after the other; several writers run side by side.
+//! Each key goes to one instance only, as the contract asks of clients, but for those
+//! that wander. A writer makes one call after the other; several writers run side by side.
 
 use std::{
     collections::HashMap,
@@ -10,7 +10,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::IndexedRandom};
@@ -26,7 +26,6 @@ use crate::common::service::Client;
 #[derive(Clone, Copy, Debug)]
 pub struct RunClock {
     pub began: Instant,
-    pub began_wall: SystemTime,
 }
 
 /// What the clients tell while they run.
@@ -57,15 +56,21 @@ pub enum Sabotage {
 /// Makes calls and takes them down.
 pub struct Writer {
     pub number: usize,
+    /// To which most of its calls go.
     pub instance: usize,
-    pub client: Client,
+    /// Of each instance.
+    pub clients: Vec<Client>,
     pub clock: RunClock,
     pub live: Arc<Live>,
     pub sabotage: Sabotage,
     /// Keys it shares with another writer of the same instance.
     pub shared: Vec<Key>,
+    /// Whether it writes keys through any instance, too.
+    pub wanders: bool,
     rng: StdRng,
     own: Vec<Key>,
+    /// The key that it writes through any instance at the moment.
+    wandering: Key,
     /// What it believes to be stored; no entry where it does not know.
     known: HashMap<Key, Option<Found>>,
     /// Writes so far: stamps and fingerprints come from it.
@@ -92,7 +97,6 @@ impl RunClock {
     pub fn start() -> Self {
         Self {
             began: Instant::now(),
-            began_wall: SystemTime::now(),
         }
     }
 
@@ -124,7 +128,7 @@ impl Writer {
     pub fn new(
         number: usize,
         instance: usize,
-        client: Client,
+        clients: Vec<Client>,
         clock: RunClock,
         live: Arc<Live>,
         seed: u64,
@@ -137,14 +141,20 @@ impl Writer {
         Self {
             number,
             instance,
-            client,
+            clients,
             clock,
             live,
             sabotage: Sabotage::None,
             shared: Vec::new(),
+            wanders: false,
             // Each writer of each seed does something else.
             rng: StdRng::seed_from_u64(seed.wrapping_mul(1_000) + number as u64),
             own: (0..OWN_KEYS).map(own).collect(),
+            wandering: Key {
+                role: Role::Wandering,
+                owner: number,
+                number: 0,
+            },
             known: HashMap::new(),
             writes: 0,
             calls: Vec::new(),
@@ -182,7 +192,42 @@ impl Writer {
                 Some(shared) => self.add_to_shared(*shared).await,
                 None => self.load(key).await,
             },
+            84.. if self.wanders => self.wander().await,
             _ => self.load(key).await,
+        }
+    }
+
+    /// Makes a call on the key that wanders, through any instance, and takes another key
+    /// now and then: of some the last that happens is that they are deleted, or expire.
+    async fn wander(&mut self) {
+        let key = self.wandering;
+        let via = self.rng.random_range(0..self.clients.len());
+        let stored = self.known.get(&key).cloned().flatten();
+        let (request, is_last) = match self.rng.random_range(0..100) {
+            0..=24 => (Request::Store(self.new_content(None)), false),
+            25..=54 => {
+                let content = self.new_content(stored.as_ref().map(|found| &found.content));
+                let expected = stored.map_or(0, |found| found.version);
+                (Request::Swap { content, expected }, false)
+            }
+            55..=64 => (Request::Delete { expected: None }, self.rng.random()),
+            65..=69 if !self.live.stop_fleeting.load(Ordering::Relaxed) => {
+                (Request::StoreBriefly(self.new_content(None)), true)
+            }
+            70..=74 => (Request::Load, true),
+            _ => (Request::Load, false),
+        };
+        let is_write = request != Request::Load;
+        self.call_through(via, key, request).await;
+        // What Redis has not acknowledged nobody else has to know.
+        let last = self.calls.last().expect("it has just called");
+        let is_known = last.backend() == Some(Backend::Redis);
+        if is_last || is_write && !is_known {
+            self.known.remove(&key);
+            self.wandering.number += 1;
+        } else if !is_known {
+            // Memory knows what its own instance has seen.
+            self.known.remove(&key);
         }
     }
 
@@ -211,7 +256,7 @@ impl Writer {
             owner: self.number,
             number: u32::try_from(content.stamp).expect("a run is short"),
         };
-        self.call(key, Request::Store(content)).await;
+        self.call(key, Request::StoreBriefly(content)).await;
     }
 
     async fn delete(&mut self, key: Key, expected: Option<i64>) {
@@ -289,6 +334,10 @@ impl Writer {
 
     /// Makes a call, takes it down, and learns from it. True if it succeeded.
     async fn call(&mut self, key: Key, request: Request) -> bool {
+        self.call_through(self.instance, key, request).await
+    }
+
+    async fn call_through(&mut self, via: usize, key: Key, request: Request) -> bool {
         let deadline = self.rng.random_bool(0.1).then(|| {
             let millis = self.rng.random_range(300..1_000);
             Duration::from_millis(millis)
@@ -302,14 +351,14 @@ impl Writer {
             Request::Swap { content, .. } if unchecked => &Request::Store(content.clone()),
             request => request,
         };
-        let mut reply = send(&mut self.client, key, sent, deadline).await;
+        let mut reply = send(&mut self.clients[via], key, sent, deadline).await;
         let end = self.clock.now();
         if self.sabotage == Sabotage::NoFallback {
             forget_fallback(&mut reply);
         }
         let call = Call {
             key,
-            instance: self.instance,
+            instance: via,
             request,
             deadline,
             begin,
@@ -318,7 +367,7 @@ impl Writer {
         };
         if call.backend() == Some(Backend::Redis) {
             let micros = u64::try_from(begin.as_micros()).expect("a run is short");
-            self.live.last_redis_answer[self.instance].fetch_max(micros, Ordering::Relaxed);
+            self.live.last_redis_answer[via].fetch_max(micros, Ordering::Relaxed);
         }
         let succeeded = self.learn(&call);
         let failed = call.backend().is_none();

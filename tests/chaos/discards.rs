@@ -8,7 +8,10 @@
 //! made and deleted again in memory, and calls that touch two outages: those may
 //! be counted.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::RangeInclusive,
+};
 
 use super::{
     evidence::{InstanceRecord, Sample},
@@ -49,7 +52,7 @@ pub fn judge<'a>(
     instance: usize,
     record: &InstanceRecord,
     calls: impl Iterator<Item = &'a Call>,
-    wipes: &[Moment],
+    wipes: &[RangeInclusive<Moment>],
     flaws: &mut Vec<Flaw>,
 ) {
     let mut dropped = vec![Dropped::default(); record.outages.len()];
@@ -58,7 +61,10 @@ pub fn judge<'a>(
     for call in calls {
         let passed = previous..=call.end;
         previous = call.begin;
-        if wipes.iter().any(|wipe| passed.contains(wipe)) {
+        let overlaps = |wipe: &RangeInclusive<Moment>| {
+            wipe.start() <= passed.end() && passed.start() <= wipe.end()
+        };
+        if wipes.iter().any(overlaps) {
             redis.holds.clear();
         }
         for (outage, dropped) in record.outages.iter().zip(&dropped) {

@@ -1,12 +1,13 @@
 //! All that is known of a run, as plain values, so that tests can make them by
 //! hand.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, ops::RangeInclusive, time::Duration};
 
 use super::{
     history::{Call, Found, Moment, Role},
     schedule::{Policy, Step},
 };
+use crate::common::faults::Fault;
 
 /// All that is known of a run.
 #[derive(Clone, Debug)]
@@ -32,7 +33,7 @@ pub struct Struck {
     /// When Redis answered a write again, as seen by a new connection over the
     /// way that the instances take.
     pub writable: Moment,
-    /// Redis lost all its data.
+    /// Redis lost data that it had acknowledged, all of it or some.
     pub wiped: bool,
     /// Every instance was in good health before it began, when the schedule looked.
     pub from_health: bool,
@@ -49,6 +50,10 @@ pub struct InstanceRecord {
     pub outages: Vec<Outage>,
     /// From its metrics, in the order of time, the last one after the end.
     pub samples: Vec<Sample>,
+    /// What its listing at the end lacked, or had too much.
+    pub incomplete: Option<String>,
+    /// When it was stopped from outside.
+    pub stops: Vec<Stall>,
     /// Why it had not come to rest in time after the end.
     pub unsettled: Option<String>,
     /// What is worse at the end than before the first fault: what calls take, and what
@@ -100,10 +105,19 @@ impl Evidence {
         self.calls.iter().filter(move |call| call.key.role == role)
     }
 
-    /// When Redis lost its data.
-    pub fn wipes(&self) -> Vec<Moment> {
+    /// When Redis lost data: some time within each of these.
+    pub fn wipes(&self) -> Vec<RangeInclusive<Moment>> {
         let wiped = self.faults.iter().filter(|struck| struck.wiped);
-        wiped.map(|struck| struck.began).collect()
+        wiped.map(|struck| struck.began..=struck.writable).collect()
+    }
+
+    /// Whether one instance may have had another Redis than another one during a call.
+    pub fn has_two_sides(&self, call: &Call) -> bool {
+        self.faults.iter().any(|struck| {
+            struck.step.fault == Fault::Move
+                && struck.began <= call.end
+                && call.begin <= struck.writable
+        })
     }
 
     /// For how long the machine stood still in this time.

@@ -23,7 +23,8 @@ impl Ground {
     pub async fn start(plan: &Plan) -> Self {
         match plan.ground {
             None => {
-                let proxies = if plan.proxied { plan.instances } else { 0 };
+                let all = plan.instances + usize::from(plan.bystander);
+                let proxies = if plan.proxied { all } else { 0 };
                 Self::Site(Site::start(plan.persists, proxies).await)
             }
             Some(kind) => Self::Replicated {
@@ -57,11 +58,13 @@ impl Ground {
         }
     }
 
-    /// Whether a fault takes all data away.
+    /// Whether a fault takes data away that was acknowledged: a replica may not have all.
     pub fn is_wiped_by(&self, fault: Fault) -> bool {
         match self {
             Self::Site(site) => site.is_wiped_by(fault),
-            Self::Replicated { .. } => false,
+            Self::Replicated { .. } => {
+                matches!(fault, Fault::Failover(_) | Fault::LaggingFailover(_))
+            }
         }
     }
 
@@ -85,6 +88,11 @@ impl Ground {
                 redis.fail_over(failure).await;
                 *fallen = Some(failure);
             }
+            (Self::Replicated { redis, fallen }, Fault::LaggingFailover(failure)) => {
+                redis.fail_over_behind(failure, step.length).await;
+                *fallen = Some(failure);
+            }
+            (Self::Replicated { redis, .. }, Fault::MoveSlots) => redis.move_slots().await,
             (Self::Replicated { .. }, _) => unreachable!("{step} is for one Redis"),
         }
     }

@@ -30,6 +30,9 @@ pub enum Role {
     Shared,
     /// Stored once, for a second: it must be gone afterwards.
     Fleeting,
+    /// One writer, one call after the other, each through any instance: what one
+    /// instance did last is what all have to know.
+    Wandering,
 }
 
 /// A group as far as the clients fill it. Every write has a stamp of its own,
@@ -74,8 +77,15 @@ pub struct Call {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Request {
     Store(Content),
-    Swap { content: Content, expected: i64 },
-    Delete { expected: Option<i64> },
+    /// For a second.
+    StoreBriefly(Content),
+    Swap {
+        content: Content,
+        expected: i64,
+    },
+    Delete {
+        expected: Option<i64>,
+    },
     Load,
 }
 
@@ -122,6 +132,7 @@ impl fmt::Display for Key {
             Role::Own => "own",
             Role::Shared => "shared",
             Role::Fleeting => "fleeting",
+            Role::Wandering => "wandering",
         };
         write!(f, "{}{role}/{}/{}", Self::PREFIX, self.owner, self.number)
     }
@@ -168,7 +179,9 @@ impl Request {
     /// What is stored if it succeeds; None for absent. A Load has none.
     pub fn outcome(&self) -> Option<Option<&Content>> {
         match self {
-            Self::Store(content) | Self::Swap { content, .. } => Some(Some(content)),
+            Self::Store(content) | Self::StoreBriefly(content) | Self::Swap { content, .. } => {
+                Some(Some(content))
+            }
             Self::Delete { .. } => Some(None),
             Self::Load => None,
         }

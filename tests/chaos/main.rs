@@ -13,7 +13,7 @@
 //! | [`clients`], [`wire`] | writers that remember every answer |
 //! | [`watch`] | logs, metrics, probes, memory of the instances |
 //! | [`history`], [`evidence`] | what was done and seen, as plain values |
-//! | [`oracle`] | judges; with [`model`] for keys and [`discards`] for counters |
+//! | [`oracle`] | judges; with [`model`] and [`wandering`] for keys and [`discards`] for counters |
 //! | [`verdict`] | what came of a run, and every way to break a promise |
 //! | [`run`] | one run from start to verdict |
 //! | [`report`] | tables and explanations |
@@ -46,6 +46,7 @@ mod run;
 mod schedule;
 mod story;
 mod verdict;
+mod wandering;
 mod watch;
 mod wire;
 
@@ -94,6 +95,10 @@ const REGRESSIONS: [(u64, Policy); 8] = [
     (1025, Policy::Reconcile),
 ];
 
+/// The same where Redis loses what it has acknowledged, on one Redis and on several.
+const OF_ANYTHING: [(u64, Policy, Option<Kind>); 2] =
+    [(1, Policy::Reconcile, None), (2, Policy::Discard, None)];
+
 /// Runs that are made side by side: more would slow each other down, and then
 /// it cannot be told who was late.
 const SIDE_BY_SIDE: usize = 3;
@@ -101,7 +106,13 @@ const SIDE_BY_SIDE: usize = 3;
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_lost_unsaid_and_every_call_is_answered_whatever_happens_to_redis() {
     let seeds = FIXED.iter().chain(&REGRESSIONS);
-    hold(seeds.map(|(seed, policy)| Plan::draw(*seed, Some(*policy)))).await;
+    hold(seeds.map(|(seed, policy)| Plan::of_outages(*seed, Some(*policy)))).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_lost_or_returns_whatever_redis_has_lost() {
+    let plans = OF_ANYTHING.into_iter();
+    hold(plans.map(|(seed, policy, ground)| Plan::of_anything(seed, Some(policy), ground))).await;
 }
 
 /// `CHAOS_SEEDS=1..100` or a count, `CHAOS_POLICY=discard`, `reconcile` or, by
@@ -119,11 +130,7 @@ async fn many_seeds() {
     let seeds = env::var("CHAOS_SEEDS").unwrap_or_else(|_| "20".into());
     let seeds = seeds_of(&seeds).expect("CHAOS_SEEDS is 1..100 or a count");
     let kind = Kind::of_environment("CHAOS_REDIS");
-    hold(seeds.map(|seed| match kind {
-        Some(kind) => Plan::failovers(seed, policy, kind),
-        None => Plan::draw(seed, policy),
-    }))
-    .await;
+    hold(seeds.map(|seed| Plan::of_anything(seed, policy, kind))).await;
 }
 
 /// `1..100` with both ends, or a count from 1.
@@ -176,7 +183,7 @@ async fn hold(plans: impl Iterator<Item = Plan>) {
 fn the_fixed_seeds_meet_every_drawn_fault_both_policies_and_every_topology() {
     let plans: Vec<Plan> = FIXED
         .iter()
-        .map(|(seed, policy)| Plan::draw(*seed, Some(*policy)))
+        .map(|(seed, policy)| Plan::of_outages(*seed, Some(*policy)))
         .collect();
     let faults: BTreeSet<&str> = plans
         .iter()

@@ -5,7 +5,10 @@
 //! while memory answers what memory may hold. A recovery turns the one into the
 //! other, by the policy.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    ops::RangeInclusive,
+};
 
 use super::{
     evidence::Outage,
@@ -18,14 +21,10 @@ use super::{
 #[derive(Clone, Copy, Debug)]
 pub struct Rules<'a> {
     pub policy: Policy,
-    /// Several instances share the Redis. Then an instance may put back what it
-    /// remembers of another's groups into a Redis that came back empty: groups
-    /// and alerts that were deleted may return. That is documented.
-    pub shared: bool,
     /// Outages of the key's instance.
     pub outages: &'a [Outage],
-    /// When Redis lost all its data.
-    pub wipes: &'a [Moment],
+    /// When Redis lost data. The instance puts back what it had acknowledged.
+    pub wipes: &'a [RangeInclusive<Moment>],
 }
 
 /// One key.
@@ -41,10 +40,8 @@ pub struct KeyModel<'a> {
     /// Memory may not know the key, since it dropped its own state of it and
     /// has not seen the one of Redis since.
     cold: bool,
-    /// What was deleted may have returned; see [`Rules::shared`].
-    returns: bool,
-    /// The same until Redis is seen next: after a failed write, both sides may
-    /// have been merged.
+    /// What was deleted may have returned until Redis is seen next: after a failed
+    /// write, both sides may have been merged.
     merged: bool,
     /// Everything that was ever asked to be stored here, by stamp.
     asked: HashMap<u64, Content>,
@@ -100,7 +97,6 @@ impl<'a> KeyModel<'a> {
             memory: None,
             unanswered: false,
             cold: false,
-            returns: false,
             merged: false,
             asked: HashMap::new(),
             revisions: BTreeMap::new(),
@@ -176,18 +172,12 @@ impl<'a> KeyModel<'a> {
             .rules
             .wipes
             .iter()
-            .any(|wipe| (since..=end).contains(wipe))
+            .any(|wipe| *wipe.start() <= end && since <= *wipe.end())
         {
-            match self.rules.policy {
-                Policy::Discard => {
-                    self.redis.push(Possible::absent());
-                    self.cold = true;
-                    self.floor = None;
-                }
-                Policy::Reconcile => {
-                    forget_versions(&mut self.redis);
-                    self.returns |= self.rules.shared;
-                }
+            forget_versions(&mut self.redis);
+            // What memory has dropped it cannot put back.
+            if self.cold {
+                self.redis.push(Possible::absent());
             }
         }
         let closed = self
@@ -371,19 +361,10 @@ impl<'a> KeyModel<'a> {
             }
             None => self.floor = None,
         }
-        let seen = Possible {
+        *side = vec![Possible {
             content: content.cloned(),
             version: found.map(|found| found.version),
-        };
-        if self.returns && content.is_some() {
-            // Another instance may yet put back something newer, and what was
-            // acknowledged stays what must be covered.
-            forget_versions(side);
-            side.retain(|possible| possible.content != seen.content);
-            side.push(seen);
-        } else {
-            *side = vec![seen];
-        }
+        }];
     }
 
     /// Whether what was found is what was expected and in addition only what
@@ -399,7 +380,7 @@ impl<'a> KeyModel<'a> {
         let was_asked = |(fingerprint, revision): (&String, &u32)| {
             self.revisions.get(fingerprint) >= Some(revision)
         };
-        (self.returns || self.merged)
+        self.merged
             && self.asked.contains_key(&found.stamp)
             && found.alerts.iter().all(was_asked)
             && expected.iter().any(|expected| match expected {
@@ -410,7 +391,7 @@ impl<'a> KeyModel<'a> {
 
     /// A group was there although it had been deleted.
     fn deleted_seen(&mut self, version: i64, by: &Call, flaws: &mut Vec<Flaw>) {
-        if self.returns || self.merged {
+        if self.merged {
             self.returned += 1;
         } else {
             flaws.push(Flaw::CameBack {

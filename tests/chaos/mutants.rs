@@ -19,6 +19,8 @@ fn plan(policy: Policy, steps: Vec<Step>) -> Plan {
         proxied: false,
         ground: None,
         persists: false,
+        bystander: false,
+        wanders: false,
         steps,
     }
 }
@@ -116,7 +118,7 @@ fn run_with_stragglers(policy: Policy) -> Run {
 /// now and then none of a run.
 #[tokio::test(flavor = "multi_thread")]
 async fn write_deadlines_that_are_off_are_noticed() {
-    const TRIES: usize = 3;
+    const TRIES: usize = 10;
     for _ in 0..TRIES {
         let run = Run {
             deadlines_lifted: true,

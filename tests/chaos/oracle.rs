@@ -20,6 +20,7 @@ use super::{
     model::{KeyModel, Rules},
     schedule::{Effect, Policy},
     verdict::{Flaw, Verdict},
+    wandering,
 };
 
 /// A call without a deadline gets this long.
@@ -65,7 +66,10 @@ fn judge_calls(evidence: &Evidence, verdict: &mut Verdict) {
         verdict.writes += usize::from(call.changed());
         verdict.by_memory += usize::from(call.backend() == Some(Backend::Memory));
         verdict.slowest = verdict.slowest.max(call.took());
-        let stalled: Duration = evidence.stalls.iter().map(|stall| stall.within(call)).sum();
+        let record = evidence.instances.get(call.instance);
+        let stops = record.map_or(&[][..], |record| &record.stops);
+        let stalls = evidence.stalls.iter().chain(stops);
+        let stalled: Duration = stalls.map(|stall| stall.within(call)).sum();
         let bound = call.deadline.unwrap_or(CALL_BOUND) + SLACK + stalled;
         if call.took() > bound {
             verdict.flaws.push(Flaw::Slow {
@@ -98,7 +102,7 @@ fn judge_calls(evidence: &Evidence, verdict: &mut Verdict) {
         }
         if call.backend() == Some(Backend::Memory)
             && !call.is_load_in_a_hurry()
-            && let Some(record) = evidence.instances.get(call.instance)
+            && let Some(record) = record
             && !record.outages.iter().any(|outage| outage.touches(call))
         {
             verdict.flaws.push(Flaw::MemoryWhileClosed {
@@ -122,7 +126,6 @@ fn judge_keys(evidence: &Evidence, verdict: &mut Verdict) {
     for call in evidence.calls_of(Role::Own) {
         let rules = Rules {
             policy: evidence.policy,
-            shared: evidence.instances.len() > 1,
             outages: &evidence.instances[call.instance].outages,
             wipes: &wipes,
         };
@@ -131,6 +134,7 @@ fn judge_keys(evidence: &Evidence, verdict: &mut Verdict) {
             .or_insert_with(|| KeyModel::new(call.key, rules));
         model.take_in(call, &mut verdict.flaws);
     }
+    wandering::judge(evidence, verdict);
     for (key, model) in &mut models {
         let found = evidence.finals.get(&key.to_string()).cloned();
         model.finish(found, evidence.end, &mut verdict.flaws);
@@ -145,10 +149,16 @@ fn judge_keys(evidence: &Evidence, verdict: &mut Verdict) {
 }
 
 /// Shared keys, to which alerts are only added: none that was acknowledged may
-/// be missing, but for those that `discard` may drop and those that went with a
-/// Redis that came back empty.
+/// be missing, but for those that `discard` may drop. Where it has dropped one, memory
+/// does not know the group any more, and cannot put it back when Redis loses it.
 fn judge_shared_keys(evidence: &Evidence, verdict: &mut Verdict) {
-    let last_wipe = evidence.wipes().into_iter().max();
+    let last_wipe = evidence.wipes().iter().map(|wipe| *wipe.end()).max();
+    let dropped: BTreeSet<Key> = evidence
+        .calls_of(Role::Shared)
+        .filter(|call| call.changed() && call.backend() == Some(Backend::Memory))
+        .filter(|call| last_wipe.is_some_and(|wipe| call.begin <= wipe))
+        .map(|call| call.key)
+        .collect();
     let mut asked: BTreeMap<Key, BTreeSet<&String>> = BTreeMap::new();
     let mut kept: BTreeMap<Key, BTreeSet<&String>> = BTreeMap::new();
     for call in evidence.calls_of(Role::Shared) {
@@ -166,7 +176,8 @@ fn judge_shared_keys(evidence: &Evidence, verdict: &mut Verdict) {
         let must_stay = match evidence.policy {
             Policy::Reconcile => true,
             Policy::Discard => {
-                backend == Backend::Redis && last_wipe.is_none_or(|wipe| call.begin > wipe)
+                let stays = last_wipe.is_none_or(|wipe| call.begin > wipe);
+                backend == Backend::Redis && (stays || !dropped.contains(&call.key))
             }
         };
         if must_stay {
@@ -214,7 +225,9 @@ fn judge_faults(evidence: &Evidence, verdict: &mut Verdict) {
         let next = evidence.faults.get(number + 1);
         let until = next.map_or(evidence.end, |next| next.began);
         for instance in 0..evidence.instances.len() {
-            if !struck.step.strikes(instance) {
+            // Whom nobody calls shows nothing.
+            let is_called = evidence.calls.iter().any(|call| call.instance == instance);
+            if !struck.step.strikes(instance) || !is_called {
                 continue;
             }
             let fault = struck.step;
@@ -290,6 +303,8 @@ fn judge_faults(evidence: &Evidence, verdict: &mut Verdict) {
 
 fn judge_instance(instance: usize, record: &InstanceRecord, verdict: &mut Verdict) {
     let flaws = &mut verdict.flaws;
+    let incomplete = record.incomplete.clone();
+    flaws.extend(incomplete.map(|what| Flaw::Incomplete { instance, what }));
     let unsettled = record.unsettled.clone();
     flaws.extend(unsettled.map(|state| Flaw::Unsettled { instance, state }));
     let worse = record.worse.iter().cloned();

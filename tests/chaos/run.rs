@@ -11,6 +11,7 @@ use std::{
 };
 
 use futures::future::join_all;
+use groupstate::grpc::proto as pb;
 use redis::{AsyncCommands, AsyncIter};
 use tokio::{
     task::{JoinHandle, JoinSet},
@@ -21,20 +22,22 @@ use super::{
     clients::{Live, RunClock, Sabotage, Writer},
     evidence::{Evidence, Stall, Struck},
     ground::Ground,
-    history::{Call, Content, Found, Key, Role},
+    history::{Call, Content, Found, Key, Reply, Request, Role},
     oracle::judge,
-    schedule::{After, Plan},
+    schedule::{After, Plan, Step},
     verdict::Verdict,
     watch::{self, Seen, resident_bytes},
-    wire::FLEETING_TTL,
+    wire::{self, BRIEF_TTL},
 };
 use crate::common::{
     condition::{Condition, Subject},
+    faults::Fault,
     late_requests::LateTally,
     redis_server::RedisServer,
     service::Service,
     stalls::Bound,
     wait_until,
+    wall_clock::WallClock,
 };
 
 /// A run to be made.
@@ -61,7 +64,12 @@ pub struct Outcome {
 /// The parts of a run while it goes on.
 struct Stage {
     ground: Ground,
+    /// The bystander is the last one.
     services: Vec<Arc<Service>>,
+    /// The wall clock of each.
+    clocks: Vec<WallClock>,
+    /// When each was stopped from outside.
+    stops: Vec<Vec<Stall>>,
     /// Of each instance before the first fault.
     conditions: Vec<Condition>,
     first_resident_bytes: Vec<usize>,
@@ -88,6 +96,10 @@ const QUIET: Duration = Duration::from_millis(300);
 /// Redis is used again within 2 s; then what is dirty is carried over. Not more
 /// than a few hundred groups are.
 const SETTLED_WITHIN: Duration = Duration::from_secs(3);
+/// What an instance that was stopped has to catch up with.
+const AFTER_A_STOP: Duration = Duration::from_millis(100);
+/// Deletes that Redis may have lost are told again for the last time after 30 s.
+const DELETED_AGAIN_WITHIN: Duration = Duration::from_secs(35);
 /// Memory is exact to a second about expiry.
 const EXPIRED_WITHIN: Duration = Duration::from_millis(1_500);
 
@@ -136,7 +148,9 @@ impl Stage {
                 proxy.late_requests().lift_deadlines();
             }
         }
-        let (services, conditions) = start_services_at_their_best(plan, &ground).await;
+        let all = plan.instances + usize::from(plan.bystander);
+        let clocks: Vec<WallClock> = (0..all).map(|_| WallClock::new()).collect();
+        let (services, conditions) = start_services_at_their_best(plan, &ground, &clocks).await;
         let clock = RunClock::start();
         let live = Arc::new(Live::new(plan.instances));
         let stop_watching: Arc<AtomicBool> = Arc::default();
@@ -148,9 +162,13 @@ impl Stage {
         let mut writers = JoinSet::new();
         for number in 0..WRITERS {
             let instance = number % plan.instances;
-            let client = services[instance].client().await;
-            let mut writer = Writer::new(number, instance, client, clock, live.clone(), plan.seed);
+            let mut clients = Vec::new();
+            for service in &services[..plan.instances] {
+                clients.push(service.client().await);
+            }
+            let mut writer = Writer::new(number, instance, clients, clock, live.clone(), plan.seed);
             writer.sabotage = run.sabotage;
+            writer.wanders = plan.wanders;
             if number / plan.instances < 2 {
                 writer.shared = (0..SHARED_KEYS)
                     .map(|number| Key {
@@ -169,7 +187,9 @@ impl Stage {
                 .collect(),
             conditions,
             ground,
+            stops: vec![Vec::new(); services.len()],
             services,
+            clocks,
             clock,
             live,
             last_fleeting: Instant::now(),
@@ -187,7 +207,7 @@ impl Stage {
         for (number, step) in plan.steps.iter().enumerate() {
             self.ground.make_whole().await;
             let began = self.clock.now();
-            self.ground.strike(step).await;
+            self.strike(step).await;
             let ended = self.clock.now();
             self.ground.wait_until_writable(step).await;
             let writable = self.clock.now();
@@ -222,6 +242,30 @@ impl Stage {
         faults
     }
 
+    /// Makes a fault happen; returns at its end.
+    async fn strike(&mut self, step: &Step) {
+        let struck = (0..self.services.len()).filter(|instance| step.strikes(*instance));
+        match step.fault {
+            Fault::StopService => {
+                for instance in struck {
+                    let process = self.services[instance].process();
+                    process.signal("STOP");
+                    let begin = self.clock.now();
+                    sleep(step.length).await;
+                    process.signal("CONT");
+                    let end = self.clock.now() + AFTER_A_STOP;
+                    self.stops[instance].push(Stall { begin, end });
+                }
+            }
+            Fault::ClockOfService(millis) => {
+                for instance in struck {
+                    self.clocks[instance].move_by(millis);
+                }
+            }
+            _ => self.ground.strike(step).await,
+        }
+    }
+
     fn stop_fleeting(&mut self) {
         self.live.stop_fleeting.store(true, Ordering::Relaxed);
         // A call under way may take a second.
@@ -235,7 +279,8 @@ impl Stage {
         'wait: while !bound.is_over() {
             sleep(Duration::from_millis(20)).await;
             for (instance, service) in self.services.iter().enumerate() {
-                if !self.live.answered_from_redis_since(instance, since)
+                let is_bystander = instance >= self.live.last_redis_answer.len();
+                if !is_bystander && !self.live.answered_from_redis_since(instance, since)
                     || watch::is_settled(service).await.is_err()
                 {
                     continue 'wait;
@@ -244,6 +289,29 @@ impl Stage {
             return true;
         }
         false
+    }
+
+    /// An instance that has not heard of a delete may put the group back; who has deleted
+    /// it does so again, for some time. Judged is what there is then.
+    async fn wait_until_deleted_again(&self, calls: &[Call]) {
+        let last: BTreeMap<Key, &Call> = calls.iter().map(|call| (call.key, call)).collect();
+        let deleted = last.values().filter(|call| {
+            call.key.role == Role::Wandering
+                && match call.reply {
+                    Reply::Deleted { .. } => true,
+                    Reply::Written { .. } => matches!(call.request, Request::StoreBriefly(_)),
+                    _ => false,
+                }
+        });
+        let deleted: Vec<String> = deleted.map(|call| call.key.to_string()).collect();
+        let bound = Bound::of(DELETED_AGAIN_WITHIN);
+        while !bound.is_over() {
+            let there = read_all(&self.ground).await;
+            if !deleted.iter().any(|key| there.contains_key(key)) {
+                return;
+            }
+            sleep(Duration::from_millis(200)).await;
+        }
     }
 
     /// Ends the run and collects what is known of it.
@@ -262,8 +330,14 @@ impl Stage {
             unsettled.push(wait_until_settled(service).await.err());
         }
         if calls.iter().any(|call| call.key.role == Role::Fleeting) {
-            sleep_until(self.last_fleeting + FLEETING_TTL + EXPIRED_WITHIN).await;
+            let set_back = run.plan.steps.iter().map(|step| match step.fault {
+                Fault::ClockOfRedis(millis) => Duration::from_millis(millis.min(0).unsigned_abs()),
+                _ => Duration::ZERO,
+            });
+            let ttl = BRIEF_TTL + set_back.sum::<Duration>();
+            sleep_until(self.last_fleeting + ttl + EXPIRED_WITHIN).await;
         }
+        self.wait_until_deleted_again(&calls).await;
         let mut finals = read_all(&self.ground).await;
         for name in victims(&finals).into_iter().take(run.deleted_behind) {
             let mut connection = self.ground.primaries()[0].connect().await;
@@ -274,6 +348,10 @@ impl Stage {
             finals = read_all(&self.ground).await;
         }
         let end = self.clock.now();
+        let mut incomplete = Vec::new();
+        for service in &self.services {
+            incomplete.push(compare_listing(service, &finals).await.err());
+        }
         self.stop_watching.store(true, Ordering::Relaxed);
         let mut instances = Vec::new();
         for (number, watcher) in self.watchers.into_iter().enumerate() {
@@ -282,6 +360,8 @@ impl Stage {
             let first = self.first_resident_bytes[number];
             let mut record = watch::record(service, seen, first, MIRROR_MAX_BYTES, self.clock);
             record.unsettled = unsettled[number].take();
+            record.incomplete = incomplete[number].take();
+            record.stops = std::mem::take(&mut self.stops[number]);
             instances.push(record);
         }
         // Whatever these calls do, no record of the run has it.
@@ -321,11 +401,12 @@ fn subject<'a>(service: &'a Service, primaries: &'a [RedisServer]) -> Subject<'a
 async fn start_services_at_their_best(
     plan: &Plan,
     ground: &Ground,
+    clocks: &[WallClock],
 ) -> (Vec<Arc<Service>>, Vec<Condition>) {
     loop {
         let mut services = Vec::new();
-        for instance in 0..plan.instances {
-            services.push(Arc::new(start_service(plan, ground, instance).await));
+        for (instance, clock) in clocks.iter().enumerate() {
+            services.push(Arc::new(start_service(plan, ground, instance, clock).await));
         }
         for service in &services {
             wait_until_settled(service).await.expect("a healthy start");
@@ -342,20 +423,27 @@ async fn start_services_at_their_best(
     }
 }
 
-async fn start_service(plan: &Plan, ground: &Ground, instance: usize) -> Service {
+async fn start_service(
+    plan: &Plan,
+    ground: &Ground,
+    instance: usize,
+    clock: &WallClock,
+) -> Service {
+    let environment = clock.environment();
     let url = ground.url_for(instance);
     let policy = plan.policy.to_string();
     let mirror = MIRROR_MAX_BYTES.to_string();
     // It sleeps while it waits, which would hold up the clients of other runs.
     let start = move || {
-        Service::start(&[
-            "--redis-url",
-            &url,
-            "--mirror-max-bytes",
-            &mirror,
-            "--on-recovery",
-            &policy,
-        ])
+        let environment = environment
+            .each_ref()
+            .map(|(name, value)| (*name, value.as_str()));
+        let settings = [
+            ["--redis-url", &url],
+            ["--mirror-max-bytes", &mirror],
+            ["--on-recovery", &policy],
+        ];
+        Service::start_in(&environment, settings.as_flattened())
     };
     let started = tokio::task::spawn_blocking(start).await;
     started.expect("the service starts")
@@ -370,6 +458,42 @@ async fn wait_until_settled(service: &Service) -> Result<(), String> {
         }
         sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// Compares what an instance lists with what Redis holds.
+async fn compare_listing(
+    service: &Service,
+    finals: &BTreeMap<String, Found>,
+) -> Result<(), String> {
+    let request = pb::LoadAllRequest {
+        prefix: Key::PREFIX.to_owned(),
+    };
+    let told = |status: tonic::Status| format!("failed: {status:?}");
+    let mut client = service.client().await;
+    let mut parts = client.load_all(request).await.map_err(told)?.into_inner();
+    let mut listed = BTreeMap::new();
+    let mut is_complete = false;
+    while let Some(part) = parts.message().await.map_err(told)? {
+        is_complete |= part.summary.is_some_and(|summary| summary.complete);
+        for group in part.groups {
+            listed.insert(group.key.clone(), wire::found(&group));
+        }
+    }
+    if !is_complete {
+        return Err("does not say that it is complete".into());
+    }
+    let missing: Vec<_> = finals
+        .keys()
+        .filter(|key| !listed.contains_key(*key))
+        .collect();
+    let others: Vec<_> = listed
+        .iter()
+        .filter(|(key, found)| finals.get(*key) != Some(found))
+        .collect();
+    if missing.is_empty() && others.is_empty() {
+        return Ok(());
+    }
+    Err(format!("lacks {missing:?}, and has {others:?} too much"))
 }
 
 /// All groups of the run as they lie in Redis, by group key.

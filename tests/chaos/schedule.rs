@@ -26,6 +26,10 @@ pub struct Plan {
     /// Several servers, of which a replica takes over when a primary fails; None:
     /// one Redis.
     pub ground: Option<Kind>,
+    /// One instance more, which nobody calls before the end.
+    pub bystander: bool,
+    /// Writers write some keys through any instance.
+    pub wanders: bool,
     /// One after the other.
     pub steps: Vec<Step>,
 }
@@ -86,15 +90,48 @@ const NOTICED_SILENCE: Duration = Duration::from_millis(1_300);
 const NOTICED_REFUSAL: Duration = Duration::from_millis(900);
 /// The same where Redis answers with errors.
 const NOTICED_ERROR: Duration = Duration::from_millis(300);
+/// A clock is moved by less than this, in milliseconds.
+const MOST_OF_A_JUMP: i64 = 6_000;
 /// Faults of one run last this long together at most.
 const ALL_FAULTS: Duration = Duration::from_secs(11);
 
 // === impl Plan ===
 
 impl Plan {
-    /// Draws the plan of a seed. `policy` takes the place of the drawn one;
-    /// nothing else changes with it.
-    pub fn draw(seed: u64, policy: Option<Policy>) -> Self {
+    /// Draws the plan of a seed from everything that can happen there. `policy` takes the
+    /// place of the drawn one; nothing else changes with it.
+    pub fn of_anything(seed: u64, policy: Option<Policy>, ground: Option<Kind>) -> Self {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let drawn_policy = *[Policy::Discard, Policy::Reconcile]
+            .choose(&mut rng)
+            .expect("not empty");
+        let mut plan = Self {
+            seed,
+            policy: policy.unwrap_or(drawn_policy),
+            instances: if rng.random_bool(0.25) { 1 } else { 3 },
+            proxied: rng.random_bool(0.7) && ground.is_none(),
+            persists: rng.random_bool(0.3) && ground.is_none(),
+            ground,
+            bystander: rng.random_bool(0.3),
+            wanders: true,
+            steps: Vec::new(),
+        };
+        let mut may_be_long = false;
+        for _ in 0..rng.random_range(2..=4) {
+            let fault = match ground {
+                None if rng.random_bool(0.3) => plan.draw_fault(&mut rng),
+                None => plan.draw_loss(&mut rng),
+                Some(kind) => draw_failover(kind, &mut rng),
+            };
+            let step = plan.draw_step(fault, &mut rng, &mut may_be_long);
+            plan.steps.push(step);
+        }
+        plan
+    }
+
+    /// Draws the plan of a seed from what keeps instances from using one Redis for a
+    /// while. [`Self::of_anything`] came later than seeds that must mean what they meant.
+    pub fn of_outages(seed: u64, policy: Option<Policy>) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let drawn_policy = *[Policy::Discard, Policy::Reconcile]
             .choose(&mut rng)
@@ -109,13 +146,16 @@ impl Plan {
             proxied,
             persists,
             ground: None,
+            bystander: false,
+            wanders: false,
             steps: Vec::new(),
         };
         let count = rng.random_range(2..=5);
         let mut left = ALL_FAULTS;
         let mut may_be_long = rng.random_bool(0.15);
         while plan.steps.len() < count {
-            let step = plan.draw_step(&mut rng, &mut may_be_long);
+            let fault = plan.draw_fault(&mut rng);
+            let step = plan.draw_step(fault, &mut rng, &mut may_be_long);
             if step.length > left {
                 break;
             }
@@ -125,52 +165,31 @@ impl Plan {
         plan
     }
 
-    /// The plan of a seed for servers of which a replica takes over. A primary that
-    /// is killed may not have sent its last writes to it; they come back from the
-    /// mirrors, but with `discard` they do not.
-    pub fn failovers(seed: u64, policy: Option<Policy>, kind: Kind) -> Self {
-        let mut rng = StdRng::seed_from_u64(seed);
-        let steps = (0..rng.random_range(2..=3)).map(|_| Step {
-            fault: Fault::Failover(if rng.random_bool(0.5) {
-                Failure::Kill
-            } else {
-                Failure::Hang
-            }),
-            target: Target::Everybody,
-            length: Duration::ZERO,
-            after: After::Recovered,
-        });
-        let steps = steps.collect();
-        Self {
-            seed,
-            policy: policy.unwrap_or(Policy::Reconcile),
-            instances: if rng.random_bool(0.5) { 1 } else { 3 },
-            proxied: false,
-            persists: false,
-            ground: Some(kind),
-            steps,
-        }
-    }
-
-    fn draw_step(&self, rng: &mut impl Rng, may_be_long: &mut bool) -> Step {
-        let fault = self.draw_fault(rng);
+    fn draw_step(&self, fault: Fault, rng: &mut impl Rng, may_be_long: &mut bool) -> Step {
         let usual = millis(rng, 300..3_000);
         let length = match fault {
             Fault::Hang | Fault::Partition if rng.random_bool(0.25) => millis(rng, 100..250),
             Fault::FlapHang(_) | Fault::FlapReset(_) => millis(rng, 1_500..3_000),
-            Fault::Reset => Duration::ZERO,
+            Fault::Reset
+            | Fault::ClockOfRedis(_)
+            | Fault::ClockOfService(_)
+            | Fault::MoveSlots
+            | Fault::Failover(_) => Duration::ZERO,
             _ if *may_be_long => {
                 *may_be_long = false;
                 millis(rng, 5_000..10_000)
             }
             _ => usual,
         };
-        let target = if self.instances > 1 && fault.is_of_the_network() && rng.random_bool(0.7) {
+        let may_strike_one =
+            self.instances > 1 && fault.is_of_the_network() && rng.random_bool(0.7);
+        let target = if may_strike_one || fault.is_of_the_service() {
             Target::Instance(rng.random_range(0..self.instances))
         } else {
             Target::Everybody
         };
-        let after = if rng.random_bool(0.3) {
+        // A server that has failed must be back before the next one may.
+        let after = if rng.random_bool(0.3) && self.ground.is_none() {
             After::Soon(millis(rng, 0..800))
         } else {
             After::Recovered
@@ -180,6 +199,19 @@ impl Plan {
             target,
             length,
             after,
+        }
+    }
+
+    /// What takes groups away, or moves what is relied on.
+    fn draw_loss(&self, rng: &mut impl Rng) -> Fault {
+        match rng.random_range(0..8) {
+            0 | 1 if self.proxied => Fault::Move,
+            2 if self.proxied => Fault::SlowLink(rng.random_range(20..200) << 10),
+            3 => Fault::ClockOfRedis(jump(rng)),
+            4 => Fault::ClockOfService(jump(rng)),
+            5 => Fault::StopService,
+            _ if self.persists => Fault::Kill,
+            _ => Fault::Rewind,
         }
     }
 
@@ -216,6 +248,30 @@ impl Plan {
     }
 }
 
+/// What can happen where replicas take over.
+fn draw_failover(kind: Kind, rng: &mut impl Rng) -> Fault {
+    let failure = *[Failure::Kill, Failure::Hang]
+        .choose(rng)
+        .expect("not empty");
+    match rng.random_range(0..8) {
+        0 | 1 => Fault::Failover(failure),
+        2 if kind == Kind::Cluster => Fault::MoveSlots,
+        3 => Fault::ClockOfService(jump(rng)),
+        4 => Fault::StopService,
+        _ => Fault::LaggingFailover(failure),
+    }
+}
+
+/// How far a clock is moved, in milliseconds.
+fn jump(rng: &mut impl Rng) -> i64 {
+    let millis = rng.random_range(200..MOST_OF_A_JUMP);
+    if rng.random_bool(0.5) {
+        millis
+    } else {
+        -millis
+    }
+}
+
 fn millis(rng: &mut impl Rng, range: std::ops::Range<u64>) -> Duration {
     Duration::from_millis(rng.random_range(range))
 }
@@ -243,7 +299,7 @@ impl Step {
                 return Effect::Either;
             }
             // Nobody takes over from one that is silent for less than a second.
-            Fault::Loading(_) | Fault::Failover(_) => Duration::ZERO,
+            Fault::Loading(_) | Fault::Failover(_) | Fault::LaggingFailover(_) => Duration::ZERO,
             Fault::Hang | Fault::Partition if self.length <= STALL => return Effect::Spares,
             Fault::Hang
             | Fault::Partition
@@ -256,7 +312,17 @@ impl Step {
                 return Effect::Spares;
             }
             Fault::Delay(_) => NOTICED_SILENCE,
-            Fault::Reset | Fault::FlapHang(_) | Fault::FlapReset(_) => return Effect::Either,
+            // Time that the service itself lost is nobody's fault, nor is what time it is.
+            Fault::StopService | Fault::ClockOfService(_) | Fault::ClockOfRedis(_) => {
+                return Effect::Spares;
+            }
+            Fault::Reset
+            | Fault::FlapHang(_)
+            | Fault::FlapReset(_)
+            | Fault::Rewind
+            | Fault::Move
+            | Fault::SlowLink(_)
+            | Fault::MoveSlots => return Effect::Either,
         };
         if self.length.saturating_sub(stalled) >= degrades_after {
             Effect::Degrades
@@ -318,10 +384,10 @@ mod tests {
     #[test]
     fn a_seed_is_always_the_same_schedule_and_the_policy_changes_nothing_else() {
         for seed in 0..50 {
-            let plan = Plan::draw(seed, None);
-            assert_eq!(plan, Plan::draw(seed, None));
+            let plan = Plan::of_outages(seed, None);
+            assert_eq!(plan, Plan::of_outages(seed, None));
             for policy in [Policy::Discard, Policy::Reconcile] {
-                let forced = Plan::draw(seed, Some(policy));
+                let forced = Plan::of_outages(seed, Some(policy));
                 assert_eq!(
                     forced,
                     Plan {
@@ -338,7 +404,7 @@ mod tests {
         let mut seen = BTreeSet::new();
         let mut topologies = BTreeSet::new();
         for seed in 0..100 {
-            let plan = Plan::draw(seed, None);
+            let plan = Plan::of_outages(seed, None);
             topologies.insert((plan.topology(), plan.policy));
             let all: Duration = plan.steps.iter().map(|step| step.length).sum();
             assert!(all <= ALL_FAULTS && !plan.steps.is_empty(), "{plan:?}");

@@ -26,6 +26,8 @@ pub struct Verdict {
     pub unknown: usize,
     /// Deleted things that returned where that is documented.
     pub returned: usize,
+    /// Keys that were written through any instance, and are as was acknowledged last.
+    pub wandered: usize,
     pub slowest: Duration,
     /// For each fault and instance: from the beginning to the first answer of
     /// memory.
@@ -92,6 +94,11 @@ pub enum Flaw {
     },
     /// A key that no client uses.
     UnknownKey(String),
+    /// At the end a listing was not what Redis held.
+    Incomplete {
+        instance: usize,
+        what: String,
+    },
     /// A call took longer than it may.
     Slow {
         key: Key,
@@ -206,6 +213,7 @@ impl Flaw {
             Self::LateReturn { .. } => "late return",
             Self::NotNoticed { .. } => "not noticed",
             Self::Overreaction { .. } => "overreaction",
+            Self::Incomplete { .. } => "incomplete",
             Self::Unsettled { .. } => "unsettled",
             Self::Worse { .. } => "worse",
             Self::Crashed { .. } => "crashed",
@@ -317,6 +325,9 @@ impl fmt::Display for Flaw {
             }
             Self::Overreaction { fault, instance } => {
                 write!(f, "{fault}: memory of instance {instance} answered")
+            }
+            Self::Incomplete { instance, what } => {
+                write!(f, "instance {instance} at the end: its listing {what}")
             }
             Self::Unsettled { instance, state } => {
                 write!(f, "instance {instance} did not come to rest: {state}")

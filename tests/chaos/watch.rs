@@ -7,10 +7,9 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
-use chrono::{DateTime, Utc};
 use tokio::time::{Instant, sleep};
 
 use super::{
@@ -126,21 +125,27 @@ pub fn record(
     mirror_max_bytes: usize,
     clock: RunClock,
 ) -> InstanceRecord {
-    let log = service.log();
+    let log = service.timed_log().into_iter();
+    // What came before the run began came at its very beginning.
+    let log: Vec<(Moment, String)> = log
+        .map(|(read, line)| (read.saturating_duration_since(clock.began), line))
+        .collect();
     let mut crashes: Vec<String> = log
         .iter()
-        .filter(|line| line.contains("panicked"))
-        .cloned()
+        .filter(|(_, line)| line.contains("panicked"))
+        .map(|(_, line)| line.clone())
         .collect();
     if !service.is_running() {
         crashes.push("it has ended by itself".into());
     }
-    let during_run = log.iter().map(|line| (moment(line, clock), line.clone()));
     InstanceRecord {
-        log: during_run
+        outages: outages(&log),
+        log: log
+            .into_iter()
             .filter(|(moment, _)| *moment > Moment::ZERO)
             .collect(),
-        outages: outages(&log, clock),
+        incomplete: None,
+        stops: Vec::new(),
         samples: seen.samples,
         unsettled: None,
         worse: Vec::new(),
@@ -153,35 +158,22 @@ pub fn record(
 }
 
 /// The outages that a log tells of.
-fn outages(log: &[String], clock: RunClock) -> Vec<Outage> {
+fn outages(log: &[(Moment, String)]) -> Vec<Outage> {
     let mut outages: Vec<Outage> = Vec::new();
-    for line in log {
+    for (moment, line) in log {
         if line.contains("Switched to in-memory storage due to Redis failure") {
             outages.push(Outage {
-                opened: moment(line, clock),
+                opened: *moment,
                 closed: None,
                 slack: Outage::SLACK,
             });
         } else if line.contains("Switched back to Redis storage")
             && let Some(last) = outages.last_mut()
         {
-            last.closed = Some(moment(line, clock));
+            last.closed = Some(*moment);
         }
     }
     outages
-}
-
-/// When a line was written, by its timestamp.
-fn moment(line: &str, clock: RunClock) -> Moment {
-    let event: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
-    // A panic is not told in JSON.
-    let written = event["timestamp"].as_str().unwrap_or_default();
-    let Ok(written) = written.parse::<DateTime<Utc>>() else {
-        return Moment::ZERO;
-    };
-    let since = SystemTime::from(written).duration_since(clock.began_wall);
-    // Before the run began.
-    since.unwrap_or_default()
 }
 
 /// Takes down when the machine does not let this process run, nor what it has started.
@@ -227,29 +219,19 @@ mod tests {
 
     #[test]
     fn outages_are_read_from_the_log() {
-        let clock = RunClock::start();
-        let at = |millis: u64| {
-            let wall = clock.began_wall + Duration::from_millis(millis);
-            DateTime::<Utc>::from(wall).to_rfc3339()
-        };
-        let line = |at: String, message: &str| {
-            format!(r#"{{"timestamp":"{at}","fields":{{"message":"{message}"}}}}"#)
+        let millis = Duration::from_millis;
+        let line = |at: u64, message: &str| {
+            let line = format!(r#"{{"fields":{{"message":"{message}"}}}}"#);
+            (millis(at), line)
         };
         let log = [
-            line(at(0), "serving gRPC"),
-            line(
-                at(100),
-                "Switched to in-memory storage due to Redis failure",
-            ),
-            line(at(900), "Switched back to Redis storage"),
-            line(
-                at(1_000),
-                "Switched to in-memory storage due to Redis failure",
-            ),
+            line(0, "serving gRPC"),
+            line(100, "Switched to in-memory storage due to Redis failure"),
+            line(900, "Switched back to Redis storage"),
+            line(1_000, "Switched to in-memory storage due to Redis failure"),
         ];
-        let millis = Duration::from_millis;
         let expected = [(millis(100), Some(millis(900))), (millis(1_000), None)];
-        let read: Vec<_> = outages(&log, clock)
+        let read: Vec<_> = outages(&log)
             .into_iter()
             .map(|outage| (outage.opened, outage.closed))
             .collect();

@@ -7,13 +7,13 @@ use prost_types::Timestamp;
 use tonic::{Code, Request as Envelope, Status};
 use tonic_types::StatusExt;
 
-use super::history::{Backend, Content, Found, Key, Reply, Request, Role};
+use super::history::{Backend, Content, Found, Key, Reply, Request};
 use crate::common::service::Client;
 
 /// Longer than any run.
 const TTL: Duration = Duration::from_secs(3_600);
-/// Of fleeting groups.
-pub const FLEETING_TTL: Duration = Duration::from_secs(1);
+/// Of [`Request::StoreBriefly`].
+pub const BRIEF_TTL: Duration = Duration::from_secs(1);
 
 /// Makes a call and waits for its end.
 pub async fn send(
@@ -33,14 +33,13 @@ async fn try_to_send(
     deadline: Option<Duration>,
 ) -> Result<Reply, Status> {
     let now = Timestamp::from(SystemTime::now());
-    let ttl = if key.role == Role::Fleeting {
-        FLEETING_TTL
-    } else {
-        TTL
+    let ttl = match request {
+        Request::StoreBriefly(_) => BRIEF_TTL,
+        _ => TTL,
     };
     let ttl = prost_types::Duration::try_from(ttl).expect("an hour is not too long");
     Ok(match request {
-        Request::Store(content) => {
+        Request::Store(content) | Request::StoreBriefly(content) => {
             let message = pb::StoreRequest {
                 group: Some(content.to_group(&key, now)),
                 expiry: Some(pb::store_request::Expiry::Ttl(ttl)),
@@ -132,7 +131,8 @@ fn backend_of_status(status: &Status) -> Backend {
     }
 }
 
-fn found(group: &pb::AlertGroup) -> Found {
+/// A group that was read.
+pub fn found(group: &pb::AlertGroup) -> Found {
     Found {
         content: Content::of_group(group),
         version: group

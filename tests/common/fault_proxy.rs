@@ -53,6 +53,8 @@ struct Behaviour {
     detour: Option<Duration>,
     /// Connections that are older than the last of these resets are ended.
     resets: u64,
+    /// The same for every other connection.
+    half_resets: u64,
 }
 
 // === impl FaultProxy ===
@@ -86,10 +88,10 @@ impl FaultProxy {
         self.behaviour.send_modify(|now| now.delay = delay);
     }
 
-    /// From now on a link that carries so many bytes a second.
-    pub fn limit(&self, bytes_per_second: usize) {
+    /// From now on a link that carries so many bytes a second; None ends it.
+    pub fn limit(&self, bytes_per_second: Option<usize>) {
         self.behaviour
-            .send_modify(|now| now.rate = Some(bytes_per_second));
+            .send_modify(|now| now.rate = bytes_per_second);
     }
 
     /// A partition that will heal: bytes wait until [`Self::release`].
@@ -130,6 +132,11 @@ impl FaultProxy {
         self.behaviour.send_modify(|now| now.resets += 1);
     }
 
+    /// Ends every other connection by RST.
+    pub fn reset_every_other(&self) {
+        self.behaviour.send_modify(|now| now.half_resets += 1);
+    }
+
     /// The requests that outlive their connections.
     pub fn late_requests(&self) -> &LateRequests {
         &self.late
@@ -161,8 +168,11 @@ impl FaultProxy {
         let (upstream, behaviour) = (self.upstream, self.behaviour.subscribe());
         let late = self.late.clone();
         self.accepting = Some(tokio::spawn(async move {
+            let mut second = false;
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(pass(client, upstream, behaviour.clone(), late.clone()));
+                let (behaviour, late) = (behaviour.clone(), late.clone());
+                tokio::spawn(pass(client, upstream, second, behaviour, late));
+                second = !second;
             }
         }));
     }
@@ -184,15 +194,19 @@ fn bind(addr: SocketAddr) -> TcpSocket {
     socket
 }
 
-/// Carries one connection until either end closes it, it is reset, or the proxy
+/// Carries one connection, every other of which `is_second`, until either end closes it, it is reset, or the proxy
 /// is gone.
 async fn pass(
     mut client: TcpStream,
     upstream: SocketAddr,
+    is_second: bool,
     mut behaviour: watch::Receiver<Behaviour>,
     late: Arc<LateRequests>,
 ) {
-    let resets_before = behaviour.borrow().resets;
+    let before = *behaviour.borrow();
+    let is_reset = |now: &Behaviour| {
+        now.resets > before.resets || is_second && now.half_resets > before.half_resets
+    };
     // A server that is gone looks to the client as if there were no proxy.
     let mut reset = true;
     if let Ok(mut server) = TcpStream::connect(upstream).await {
@@ -217,7 +231,7 @@ async fn pass(
             tokio::select! {
                 () = requests => reset = false,
                 () = replies => reset = false,
-                _ = behaviour.wait_for(|now| now.resets > resets_before) => {}
+                _ = behaviour.wait_for(is_reset) => {}
             }
         }
         if reset {

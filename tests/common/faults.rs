@@ -5,6 +5,7 @@ use std::{
     net::{SocketAddr, TcpListener},
     path::Path,
     pin::pin,
+    sync::Arc,
     time::Duration,
 };
 
@@ -21,6 +22,7 @@ use super::{
     redis_server::{self, RedisServer},
     replicated::Failure,
     stalls::{Bound, within},
+    wall_clock::WallClock,
 };
 
 /// What goes wrong.
@@ -74,6 +76,26 @@ pub enum Fault {
     /// A primary fails, and a replica takes over, which is the end; the primary
     /// comes back later. Only where there is a replica.
     Failover(Failure),
+    /// The same with replicas that have not heard of the primary for the length of the
+    /// fault.
+    LaggingFailover(Failure),
+    /// Redis comes back, at the end, as it was at the beginning. Only one that keeps
+    /// nothing.
+    Rewind,
+    /// The address leads to another server, which is empty; connections to the server of
+    /// before stay where they are, but for every other one that is reset, until it is
+    /// gone, at the end.
+    Move,
+    /// The wall clock of Redis is moved by so many milliseconds.
+    ClockOfRedis(i64),
+    /// The ways carry so many bytes a second.
+    SlowLink(usize),
+    /// Slots move from one primary to another, and stay there. Only in a cluster.
+    MoveSlots,
+    /// An instance of the service is stopped (SIGSTOP), and continues at the end.
+    StopService,
+    /// The wall clock of an instance is moved by so many milliseconds.
+    ClockOfService(i64),
 }
 
 /// A Redis, and the ways of the instances to it.
@@ -81,6 +103,8 @@ pub struct Site {
     pub redis: RedisServer,
     /// One for each instance; none when they connect directly.
     pub proxies: Vec<FaultProxy>,
+    clock: Arc<WallClock>,
+    settings: Vec<&'static str>,
     persists: bool,
 }
 
@@ -105,7 +129,13 @@ impl Fault {
                 | Self::FlapReset(_)
                 | Self::Stragglers(_)
                 | Self::AcceptAndClose
+                | Self::SlowLink(_)
         )
+    }
+
+    /// Whether it happens to the service itself.
+    pub fn is_of_the_service(self) -> bool {
+        matches!(self, Self::StopService | Self::ClockOfService(_))
     }
 
     /// Its name in tables.
@@ -137,6 +167,15 @@ impl Fault {
             Self::AcceptAndClose => "accept-and-close",
             Self::Failover(Failure::Kill) => "failover-kill",
             Self::Failover(Failure::Hang) => "failover-hang",
+            Self::LaggingFailover(Failure::Kill) => "lagging-failover-kill",
+            Self::LaggingFailover(Failure::Hang) => "lagging-failover-hang",
+            Self::Rewind => "rewind",
+            Self::Move => "move",
+            Self::ClockOfRedis(_) => "redis-clock",
+            Self::SlowLink(_) => "slow-link",
+            Self::MoveSlots => "move-slots",
+            Self::StopService => "stop-service",
+            Self::ClockOfService(_) => "service-clock",
         }
     }
 }
@@ -155,10 +194,13 @@ impl Site {
         if persists {
             settings.extend(["--appendonly", "yes", "--appendfsync", "always"]);
         }
-        let redis = RedisServer::start_with(&settings).await;
+        let clock = Arc::new(WallClock::new());
+        let redis = RedisServer::start_by(&clock, &settings).await;
         let mut site = Self {
             proxies: Vec::new(),
             redis,
+            clock,
+            settings,
             persists,
         };
         for _ in 0..proxies {
@@ -176,9 +218,13 @@ impl Site {
         }
     }
 
-    /// Whether a fault takes all data away.
+    /// Whether a fault takes data away that was acknowledged.
     pub fn is_wiped_by(&self, fault: Fault) -> bool {
-        fault == Fault::Kill && !self.persists
+        match fault {
+            Fault::Kill => !self.persists,
+            Fault::Rewind | Fault::Move => true,
+            _ => false,
+        }
     }
 
     /// Makes a fault of this length happen, those of the network to the instances
@@ -243,7 +289,15 @@ impl Site {
                 end.await;
                 self.set_password(password).await;
             }
-            Fault::Failover(_) => unreachable!("{}: there is no replica", fault.name()),
+            Fault::Rewind => self.strike_by_going_back(end).await,
+            Fault::Move => self.strike_by_moving(end).await,
+            Fault::ClockOfRedis(millis) => self.clock.move_by(millis),
+            Fault::Failover(_) | Fault::LaggingFailover(_) | Fault::MoveSlots => {
+                unreachable!("{}: there is one Redis", fault.name())
+            }
+            Fault::StopService | Fault::ClockOfService(_) => {
+                unreachable!("{} is not of Redis", fault.name())
+            }
             Fault::Delay(_)
             | Fault::Reset
             | Fault::BlackHole { .. }
@@ -251,6 +305,7 @@ impl Site {
             | Fault::Refuse
             | Fault::FlapReset(_)
             | Fault::Stragglers(_)
+            | Fault::SlowLink(_)
             | Fault::AcceptAndClose => self.strike_the_network(fault, end, struck).await,
         }
     }
@@ -336,6 +391,15 @@ impl Site {
                     proxy.reset_all();
                 }
             }
+            Fault::SlowLink(bytes_per_second) => {
+                for proxy in &struck {
+                    proxy.limit(Some(bytes_per_second));
+                }
+                end.await;
+                for proxy in &struck {
+                    proxy.limit(None);
+                }
+            }
             Fault::AcceptAndClose => {
                 let nobody = free_address();
                 for proxy in &mut struck {
@@ -349,6 +413,29 @@ impl Site {
             }
             _ => unreachable!("{} is not of the network", fault.name()),
         }
+    }
+
+    /// Kills Redis at the end, and starts it with what it held at the beginning.
+    async fn strike_by_going_back(&mut self, end: impl Future<Output = ()>) {
+        assert!(!self.persists, "it would come back with everything");
+        self.admin(&["SAVE"]).await;
+        end.await;
+        self.redis.restart().await;
+        // The next time it comes back empty.
+        let saved = self.redis.folder().join("dump.rdb");
+        std::fs::remove_file(saved).expect("it was saved");
+    }
+
+    /// Puts another server in the place of Redis.
+    async fn strike_by_moving(&mut self, end: impl Future<Output = ()>) {
+        assert!(!self.proxies.is_empty(), "nobody can be led elsewhere");
+        let next = RedisServer::start_by(&self.clock, &self.settings).await;
+        for proxy in &mut self.proxies {
+            proxy.lead_to(next.addr()).await;
+            proxy.reset_every_other();
+        }
+        end.await;
+        self.redis = next;
     }
 
     /// Kills Redis, and starts it so that reading its file takes `duration`.

@@ -21,6 +21,7 @@ pub mod replicated;
 pub mod resp;
 pub mod service;
 pub mod stalls;
+pub mod wall_clock;
 
 use std::{
     collections::BTreeMap,

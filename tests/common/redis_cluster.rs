@@ -1,6 +1,6 @@
 //! A real Redis Cluster.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
 use redis::{FromRedisValue, aio::MultiplexedConnection};
 
@@ -148,6 +148,59 @@ impl RedisCluster {
         for node in [to, from].into_iter().chain(0..ids.len()) {
             let words = set("NODE", &ids[to]);
             let () = cluster(&mut connections[node], &words).await;
+        }
+    }
+
+    /// Moves so many slots that hold groups from one primary to another, while clients
+    /// use them.
+    pub async fn move_slots(&self, count: usize, from: usize, to: usize) {
+        let mut source = self.primaries[from].connect().await;
+        let keys: Vec<String> = redis::cmd("KEYS")
+            .arg("group:*")
+            .query_async(&mut source)
+            .await
+            .unwrap();
+        let mut slots = BTreeSet::new();
+        for key in keys {
+            slots.insert(cluster::<u16>(&mut source, &["KEYSLOT", &key]).await);
+        }
+        let ids = [
+            cluster::<String>(&mut source, &["MYID"]).await,
+            cluster(&mut self.primaries[to].connect().await, &["MYID"]).await,
+        ];
+        for slot in slots.into_iter().take(count) {
+            self.move_slot(slot, [from, to], &ids).await;
+        }
+    }
+
+    async fn move_slot(&self, slot: u16, [from, to]: [usize; 2], [source, target]: &[String; 2]) {
+        let slot = slot.to_string();
+        let mut of_source = self.primaries[from].connect().await;
+        let mut of_target = self.primaries[to].connect().await;
+        let () = cluster(&mut of_target, &["SETSLOT", &slot, "IMPORTING", source]).await;
+        let () = cluster(&mut of_source, &["SETSLOT", &slot, "MIGRATING", target]).await;
+        let addr = self.primaries[to].addr();
+        loop {
+            let keys = ["GETKEYSINSLOT", &slot, "100"];
+            let keys: Vec<String> = cluster(&mut of_source, &keys).await;
+            if keys.is_empty() {
+                break;
+            }
+            for key in keys {
+                let mut migrate = redis::cmd("MIGRATE");
+                migrate.arg(addr.ip().to_string()).arg(addr.port());
+                let () = migrate
+                    .arg(&key)
+                    .arg(0)
+                    .arg(1_000)
+                    .query_async(&mut of_source)
+                    .await
+                    .unwrap();
+            }
+        }
+        for primary in [to, from].into_iter().chain(0..self.primaries.len()) {
+            let mut connection = self.primaries[primary].connect().await;
+            let () = cluster(&mut connection, &["SETSLOT", &slot, "NODE", target]).await;
         }
     }
 

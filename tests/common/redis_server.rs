@@ -6,6 +6,7 @@ use std::{
     net::SocketAddr,
     path::Path,
     process::{Command, Stdio},
+    sync::Arc,
     time::Duration,
 };
 
@@ -16,7 +17,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::{Process, free_address, stalls::Bound};
+use super::{Process, free_address, stalls::Bound, wall_clock::WallClock};
 
 pub const INSTALL: &str = "run `make tools`, or as root: apt-get install redis-server";
 
@@ -35,6 +36,8 @@ pub struct RedisServer {
     process: Process,
     arguments: Vec<String>,
     folder: TempDir,
+    /// Of the machine if None.
+    clock: Option<Arc<WallClock>>,
 }
 
 impl RedisServer {
@@ -47,17 +50,31 @@ impl RedisServer {
         Self::start_with_each(|| arguments.iter().map(ToString::to_string).collect()).await
     }
 
-    /// The same with other settings for each try: another process may take a port
-    /// before Redis does.
-    pub async fn start_with_each(mut arguments: impl FnMut() -> Vec<String>) -> Self {
+    /// The same by a clock of the test.
+    pub async fn start_by(clock: &Arc<WallClock>, arguments: &[&str]) -> Self {
+        let arguments = || arguments.iter().map(ToString::to_string).collect();
+        Self::try_to_start(arguments, Some(clock)).await
+    }
+
+    /// With other settings for each try: another process may take a port before Redis
+    /// does.
+    pub async fn start_with_each(arguments: impl FnMut() -> Vec<String>) -> Self {
+        Self::try_to_start(arguments, None).await
+    }
+
+    async fn try_to_start(
+        mut arguments: impl FnMut() -> Vec<String>,
+        clock: Option<&Arc<WallClock>>,
+    ) -> Self {
         let mut folder = TempDir::new().unwrap();
         for _ in 0..10 {
             let (addr, arguments) = (free_address(), arguments());
             let mut server = Self {
-                process: spawn(addr, &arguments, &folder),
+                process: spawn(addr, &arguments, &folder, clock.map(Arc::as_ref)),
                 addr,
                 arguments,
                 folder,
+                clock: clock.cloned(),
             };
             if server.is_up().await {
                 return server;
@@ -123,7 +140,8 @@ impl RedisServer {
         self.process.kill();
         let arguments = arguments.iter().map(ToString::to_string);
         let arguments: Vec<String> = self.arguments.iter().cloned().chain(arguments).collect();
-        self.process = spawn(self.addr, &arguments, &self.folder);
+        let clock = self.clock.as_deref();
+        self.process = spawn(self.addr, &arguments, &self.folder, clock);
     }
 
     /// Where it keeps its files.
@@ -191,8 +209,14 @@ pub fn version() -> (u32, u32) {
         .unwrap_or_else(|| panic!("no version in {text:?}"))
 }
 
-fn spawn(addr: SocketAddr, arguments: &[String], folder: &TempDir) -> Process {
+fn spawn(
+    addr: SocketAddr,
+    arguments: &[String],
+    folder: &TempDir,
+    clock: Option<&WallClock>,
+) -> Process {
     let mut command = Command::new(program());
+    command.envs(clock.into_iter().flat_map(WallClock::environment));
     command
         .args(["--bind", "127.0.0.1", "--port", &addr.port().to_string()])
         .args(["--save", "", "--appendonly", "no"])

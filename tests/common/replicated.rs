@@ -119,14 +119,53 @@ impl Replicated {
         }
     }
 
+    /// The same after replicas have heard nothing of the primary for a while.
+    pub async fn fail_over_behind(&mut self, failure: Failure, lag: Duration) -> Instant {
+        // As somebody whom the primary does not know they cannot follow it.
+        self.follow_as("nobody").await;
+        tokio::time::sleep(lag).await;
+        self.fail_over(failure).await
+    }
+
+    /// As whom each server logs in where it follows another one, from now on.
+    async fn follow_as(&self, user: &str) {
+        let servers = match self {
+            Self::Sentinel(sentinel) => sentinel.servers.iter().collect(),
+            Self::Cluster(cluster) => vec![&cluster.primaries[SHARD], &cluster.replicas[SHARD]],
+        };
+        for server in servers {
+            let mut connection = server.connect().await;
+            for setting in ["masteruser", "masterauth"] {
+                let mut set = redis::cmd("CONFIG");
+                set.arg("SET").arg(setting).arg(user);
+                let () = set.query_async(&mut connection).await.unwrap();
+            }
+            let mut end = redis::cmd("CLIENT");
+            end.arg("KILL").arg("TYPE").arg("replica");
+            let _: i64 = end.query_async(&mut connection).await.unwrap();
+        }
+    }
+
+    /// Moves some slots that hold groups from one primary of a cluster to another.
+    pub async fn move_slots(&mut self) {
+        const SLOTS: usize = 10;
+        match self {
+            Self::Cluster(cluster) => cluster.move_slots(SLOTS, 0, 2).await,
+            Self::Sentinel(_) => unreachable!("there are no slots"),
+        }
+    }
+
     /// Lets the server that failed come back, and waits until all follow the
     /// primaries.
     pub async fn bring_back(&mut self, failure: Failure) {
+        for fallen in self.fallen() {
+            revive(fallen, failure).await;
+        }
+        self.follow_as("").await;
         match self {
             Self::Sentinel(sentinel) => {
                 let primary = sentinel.servers[0].addr().port().to_string();
-                for replica in &mut sentinel.servers[1..] {
-                    revive(replica, failure).await;
+                for replica in &sentinel.servers[1..] {
                     // What sentinels write into the file of a server that has one,
                     // or tell it, only that takes ten seconds.
                     let mut follow = redis::cmd("REPLICAOF");
@@ -138,10 +177,15 @@ impl Replicated {
                 }
                 sentinel.wait_until_ready().await;
             }
-            Self::Cluster(cluster) => {
-                revive(&mut cluster.replicas[SHARD], failure).await;
-                cluster.wait_until_followed().await;
-            }
+            Self::Cluster(cluster) => cluster.wait_until_followed().await,
+        }
+    }
+
+    /// Of these one has failed.
+    fn fallen(&mut self) -> &mut [RedisServer] {
+        match self {
+            Self::Sentinel(sentinel) => &mut sentinel.servers[1..],
+            Self::Cluster(cluster) => &mut cluster.replicas[SHARD..=SHARD],
         }
     }
 }

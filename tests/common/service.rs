@@ -4,7 +4,7 @@ use std::{
     io::{BufRead, BufReader},
     process::{Command, ExitStatus, Stdio},
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use groupstate::grpc::proto::group_state_service_client::GroupStateServiceClient;
@@ -19,7 +19,8 @@ pub struct Service {
     process: Process,
     addr: String,
     http_addr: String,
-    log: Arc<Mutex<Vec<String>>>,
+    /// When each line was read, and the line.
+    log: Arc<Mutex<Vec<(Instant, String)>>>,
     /// Reads the log until the process has ended.
     reading: Option<std::thread::JoinHandle<()>>,
 }
@@ -53,11 +54,11 @@ impl Service {
             .stderr(Stdio::piped());
         let mut process = Process::spawn(&mut command, "cargo builds it");
         let stderr = BufReader::new(process.child.stderr.take().unwrap());
-        let log: Arc<Mutex<Vec<String>>> = Arc::default();
+        let log: Arc<Mutex<Vec<(Instant, String)>>> = Arc::default();
         let lines = log.clone();
         let reading = std::thread::spawn(move || {
             for line in stderr.lines().map_while(Result::ok) {
-                lines.lock().unwrap().push(line);
+                lines.lock().unwrap().push((Instant::now(), line));
             }
         });
         let mut service = Self {
@@ -128,6 +129,13 @@ impl Service {
 
     /// The log so far.
     pub fn log(&self) -> Vec<String> {
+        let log = self.log.lock().unwrap();
+        log.iter().map(|(_, line)| line.clone()).collect()
+    }
+
+    /// The same with the moments at which the lines came: timestamps are of a clock that
+    /// may have been moved.
+    pub fn timed_log(&self) -> Vec<(Instant, String)> {
         self.log.lock().unwrap().clone()
     }
 

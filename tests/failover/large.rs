@@ -133,7 +133,7 @@ async fn a_large_group_is_carried_over_a_slow_link() {
     let stored = scene.client.store(request).await.unwrap().into_inner();
     assert_eq!(stored.backend, MEMORY);
     scene.store("small", &["after"]).await;
-    scene.proxy.limit(1 << 20);
+    scene.proxy.limit(Some(1 << 20));
     scene.proxy.accept();
     wait_until("it is carried over", Duration::from_secs(10), async || {
         let health = scene.service.health().await;

@@ -29,7 +29,7 @@ use tokio::time::Instant;
 use self::table::Table;
 use super::{
     entry::{Changed, Content, Entry, Ours, Standing},
-    loss::{Loss, Losses},
+    loss::{Around, Loss, Losses},
 };
 use crate::{document::Document, group::GroupKey, version::Version};
 
@@ -43,6 +43,8 @@ pub struct Entries {
     never: Instant,
     epoch: u64,
     losses: Losses,
+    /// Whether changes will be dropped, so that what was there before them is kept.
+    drops_changes: bool,
     /// Number of changes made to dirty entries.
     changes: u64,
     step: Step,
@@ -75,6 +77,12 @@ pub struct Ticket {
     sent: Instant,
 }
 
+impl Ticket {
+    pub fn sent(&self) -> Instant {
+        self.sent
+    }
+}
+
 /// What an answer of Redis shows of a key.
 #[derive(Clone, Debug)]
 pub enum Shown {
@@ -88,7 +96,7 @@ pub enum Shown {
         ours: Option<Ours>,
     },
     Absent,
-    /// This version was deleted by the call.
+    /// This version was deleted by the call, or one before it.
     Deleted(Version),
 }
 
@@ -111,8 +119,7 @@ pub enum Pending {
         version: Version,
         left: Option<Duration>,
         ours: Ours,
-        /// See [`Loss::found_at`].
-        found_at: Option<Version>,
+        around: Around,
     },
 }
 
@@ -145,9 +152,6 @@ pub struct NotYet;
 // === impl Entries ===
 
 impl Entries {
-    /// How long a delete that Redis has executed is remembered, at most: a Redis
-    /// that goes back further than this may bring the group back.
-    pub const TOMBSTONE: Duration = Duration::from_secs(3_600);
     /// Longer than any time to live.
     const NEVER: Duration = Duration::from_secs(100 * 365 * 24 * 3_600);
     /// Unsure entries that are passed over in the search for one that may leave.
@@ -159,13 +163,15 @@ impl Entries {
         removes: 30,
     };
 
-    pub fn new(max_bytes: usize, now: Instant) -> Self {
+    /// `drops_changes`: what is changed here will be dropped, and not carried over.
+    pub fn new(max_bytes: usize, drops_changes: bool, now: Instant) -> Self {
         Self {
             table: Table::default(),
             max_bytes,
             never: now + Self::NEVER,
             epoch: 0,
             losses: Losses::default(),
+            drops_changes,
             changes: 0,
             step: Self::STEP,
         }
@@ -275,11 +281,14 @@ impl Entries {
         self.changes += 1;
         let mut changed = match self.entry(key).map(|entry| (entry, &entry.standing)) {
             Some((_, Standing::Dirty { changed, .. })) => Changed::clone(changed),
-            Some((entry, Standing::Clean { .. })) if entry.is_in_redis(now) => Changed {
-                base: Some((entry.version, entry.expires)),
+            Some((entry, Standing::Clean { ours, .. })) => Changed {
+                base: entry
+                    .is_in_redis(now)
+                    .then_some((entry.version, entry.expires)),
+                before: (self.drops_changes && ours.is_some()).then(|| Box::new(entry.clone())),
                 ..Changed::default()
             },
-            _ => Changed::default(),
+            None => Changed::default(),
         };
         if let Some(write_id) = maybe_in_redis {
             changed.remember(write_id);
@@ -289,7 +298,7 @@ impl Entries {
     }
 
     /// Leaves a tombstone for as long as Redis may hold the deleted group. It
-    /// takes no more room than the group did.
+    /// takes no more room than the group did, with what was there before.
     fn bury(
         &mut self,
         key: GroupKey,
@@ -306,6 +315,9 @@ impl Entries {
                 standing: self.dirty_standing(changed),
             };
             self.table.put(key, entry);
+        } else if let Some(before) = changed.before {
+            // For Redis nothing has changed.
+            self.table.put(key, *before);
         }
     }
 
@@ -381,7 +393,7 @@ impl Entries {
                 if let Some(known) = &known
                     && !known.is_group
                     && ticket.epoch == self.epoch
-                    && self.is_back(key, known.version, version, &json)
+                    && self.is_back(key, known, version, &json)
                 {
                     if let Some(Standing::Clean {
                         ours: Some(ours), ..
@@ -438,12 +450,6 @@ impl Entries {
                 if is_older {
                     return Ok(false);
                 }
-                let expires = now + Self::TOMBSTONE;
-                let expires = match self.entry(key) {
-                    // What has expired does not come back.
-                    Some(entry) if entry.is_group(now) => expires.min(entry.expires),
-                    _ => expires,
-                };
                 let cost = Entry::cost_of(key, 0);
                 let Ok(fits) = self.fits(key, cost, now) else {
                     return Err(Shown::Deleted(version));
@@ -453,7 +459,7 @@ impl Entries {
                     let entry = Entry {
                         content: Content::Deleted,
                         version,
-                        expires,
+                        expires: now + Entry::TOMBSTONE,
                         standing: Standing::Clean {
                             epoch: ticket.epoch,
                             seen: now,
@@ -468,18 +474,20 @@ impl Entries {
     }
 
     /// Whether a document is what was deleted here, or was there before: after a loss
-    /// another instance may have put it back.
-    fn is_back(&self, key: &GroupKey, deleted: Version, version: Version, json: &Bytes) -> bool {
-        let is_older = version < deleted
+    /// another instance may have put it back. What has expired here may live on in Redis
+    /// for a moment, or because somebody wants it to.
+    fn is_back(&self, key: &GroupKey, known: &Known, version: Version, json: &Bytes) -> bool {
+        let is_older = version < known.version
             && self
                 .losses
                 .found_at(key)
                 .is_some_and(|found_at| version < found_at);
+        let is_same = version == known.version && known.ours.is_some_and(|ours| !ours.has_expired);
         let document = || Document {
             key: key.clone(),
             json: json.clone(),
         };
-        (version == deleted || is_older) && document().has_write_id()
+        (is_same || is_older) && document().has_write_id()
     }
 
     /// Whether there is room for a clean entry of `cost`.
@@ -508,9 +516,13 @@ impl Entries {
                 Content::Deleted => shown.is_some_and(|shown| shown <= entry.version),
                 Content::Unknown => false,
             };
-            is_before
-                && entry.expires > now
-                && matches!(entry.standing, Standing::Clean { seen, .. } if learned_before(seen))
+            let is_sure = match entry.standing {
+                Standing::Clean { seen, ours, .. } => {
+                    learned_before(seen) && !ours.is_some_and(|ours| ours.has_expired)
+                }
+                Standing::Dirty { .. } => false,
+            };
+            is_before && entry.expires > now && is_sure
         })
     }
 
@@ -556,6 +568,7 @@ impl Entries {
     }
 
     fn pending_entry(&self, key: &GroupKey, entry: &Entry, now: Instant) -> bool {
+        let entry = entry.remains(now);
         match &entry.standing {
             Standing::Dirty { .. } => entry.expires > now || entry.leaves_tombstone(now).is_some(),
             Standing::Clean { ours: None, .. } => false,
@@ -563,10 +576,14 @@ impl Entries {
                 ours: Some(Ours { is_back: true, .. }),
                 ..
             } => entry.expires > now,
-            Standing::Clean { epoch, seen, .. } => {
+            Standing::Clean { epoch, seen, .. } if entry.expires > now => {
                 let is_deleted = matches!(entry.content, Content::Deleted);
-                entry.expires > now && self.losses.may_hold(key, *epoch, *seen, is_deleted)
+                self.losses.may_hold(key, *epoch, *seen, is_deleted)
             }
+            // It was not yet swept.
+            Standing::Clean { .. } => entry
+                .trace_of_expired()
+                .is_some_and(|trace| self.pending_entry(key, &trace, now)),
         }
     }
 
@@ -598,6 +615,7 @@ impl Entries {
     pub fn pending(&self, key: &GroupKey, now: Instant) -> Option<Pending> {
         let entry = self
             .entry(key)
+            .map(|entry| entry.remains(now))
             .filter(|entry| self.pending_entry(key, entry, now))?;
         let document = match &entry.content {
             Content::Document(json) if entry.expires > now => Some(Document {
@@ -613,12 +631,15 @@ impl Entries {
                 left: entry.leaves_tombstone(now).unwrap_or(entry.expires) - now,
                 changed: Changed::clone(changed),
             }),
-            Standing::Clean { ours, .. } => Some(Pending::Unsure {
+            Standing::Clean { epoch, ours, .. } => Some(Pending::Unsure {
+                left: match document {
+                    Some(_) => self.expiry_of(entry).map(|expires| expires - now),
+                    None => None,
+                },
                 document,
                 version: entry.version,
-                left: self.expiry_of(entry).map(|expires| expires - now),
                 ours: (*ours)?,
-                found_at: self.losses.found_at(key),
+                around: self.losses.around(key, *epoch),
             }),
         }
     }
@@ -653,6 +674,7 @@ impl Entries {
     /// deleted here is so in Redis now; otherwise something newer is, or has to be left.
     pub fn offered(&mut self, key: &GroupKey, version: Version, holds: bool, now: Instant) {
         let current = self.epoch;
+        self.settle(key, now);
         if self.entry(key).map(|entry| entry.version) != Some(version) || !self.is_pending(key, now)
         {
             return;
@@ -692,7 +714,7 @@ impl Entries {
         let Some(key) = expired(self.table.first_clean(), now) else {
             return self.sweep_change(now);
         };
-        self.table.remove(&key);
+        self.expire(&key, now);
         true
     }
 
@@ -707,10 +729,13 @@ impl Entries {
 
     /// Removes an entry that has expired.
     fn expire(&mut self, key: &GroupKey, now: Instant) {
+        let trace = self.entry(key).and_then(Entry::trace_of_expired);
+        let entry = self.table.remove(key);
+        if let Some(trace) = trace {
+            self.table.put(key.clone(), trace);
         // Redis may hold the group for longer than its last writer wanted.
-        if let Some(entry) = self.table.remove(key)
+        } else if let Some(entry) = entry
             && let Standing::Dirty { changed, .. } = entry.standing
-            && matches!(entry.content, Content::Document(_))
         {
             self.bury(key.clone(), entry.version, entry.expires, *changed, now);
         }
@@ -720,7 +745,8 @@ impl Entries {
     /// or has expired.
     fn settle(&mut self, key: &GroupKey, now: Instant) {
         self.table.settle(key, self.epoch, now);
-        if self.entry(key).is_some_and(|entry| entry.expires <= now) {
+        // What was there before a change that has expired may have expired, too.
+        while self.entry(key).is_some_and(|entry| entry.expires <= now) {
             self.expire(key, now);
         }
     }
@@ -732,7 +758,14 @@ impl Entries {
         json_bytes: usize,
         now: Instant,
     ) -> Result<(), NoRoom> {
-        self.make_room(key, Entry::cost_of(key, json_bytes), now, true)
+        let before = match self.entry(key).map(|entry| (entry, &entry.standing)) {
+            Some((_, Standing::Dirty { changed, .. })) => changed.before_bytes(),
+            Some((entry, Standing::Clean { ours: Some(_), .. })) if self.drops_changes => {
+                entry.document_bytes()
+            }
+            _ => 0,
+        };
+        self.make_room(key, Entry::cost_of(key, json_bytes + before), now, true)
     }
 
     /// Makes room for an entry of `cost` in place of the one at `key`: what was

@@ -1,5 +1,7 @@
 //! One entry of the memory store, and what it knows of Redis.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use tokio::time::Instant;
 
@@ -51,6 +53,9 @@ pub struct Ours {
     pub replaced: Option<Version>,
     /// Whether Redis has shown again what was deleted, so that it has to be deleted again.
     pub is_back: bool,
+    /// Whether nobody deleted it: what was written has expired, and what it replaced
+    /// might have lived longer.
+    pub has_expired: bool,
 }
 
 impl Ours {
@@ -58,15 +63,19 @@ impl Ours {
         Self {
             replaced,
             is_back: false,
+            has_expired: false,
         }
     }
 }
 
 /// What is known of a group in Redis that was changed here.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct Changed {
     /// The version in Redis that was changed, and when Redis lets it expire.
     pub base: Option<(Version, Instant)>,
+    /// What this instance itself had written or deleted in Redis and has changed since,
+    /// where changes are dropped: Redis may have lost it by then.
+    pub before: Option<Box<Entry>>,
     /// Write ids of writes that may have been executed by Redis although they
     /// were answered here.
     pub maybe_in_redis: Vec<String>,
@@ -86,6 +95,13 @@ impl Changed {
             self.maybe_in_redis.remove(0);
         }
         self.maybe_in_redis.push(write_id.to_owned());
+    }
+
+    /// Size of the document that was there before.
+    pub fn before_bytes(&self) -> usize {
+        self.before
+            .as_ref()
+            .map_or(0, |entry| entry.document_bytes())
     }
 
     /// Until when Redis may hold the group, which is deleted here or has expired
@@ -117,9 +133,16 @@ impl Entry {
     /// What an entry takes besides its key and its document: nodes of the two
     /// trees, reference counts, allocator headers.
     pub const OVERHEAD_BYTES: usize = 300;
+    /// How long a delete that Redis has executed is remembered, at most: a Redis
+    /// that goes back further than this may bring the group back.
+    pub const TOMBSTONE: Duration = Duration::from_secs(3_600);
 
     pub fn cost(&self, key: &GroupKey) -> usize {
-        Self::cost_of(key, self.document_bytes())
+        let before = match &self.standing {
+            Standing::Clean { .. } => 0,
+            Standing::Dirty { changed, .. } => changed.before_bytes(),
+        };
+        Self::cost_of(key, self.document_bytes() + before)
     }
 
     /// What an entry with a document of this size takes.
@@ -139,6 +162,47 @@ impl Entry {
                 changed.tombstone_expires(self.expires, now)
             }
             _ => None,
+        }
+    }
+
+    /// What is left of a clean group once it has expired: this instance has written it in
+    /// place of what others may know, and has to say so should they put that back.
+    pub fn trace_of_expired(&self) -> Option<Self> {
+        match (&self.content, &self.standing) {
+            (
+                Content::Document(_),
+                Standing::Clean {
+                    epoch,
+                    seen,
+                    ours: Some(ours),
+                },
+            ) if ours.replaced.is_some() => Some(Self {
+                content: Content::Deleted,
+                version: self.version,
+                expires: self.expires + Self::TOMBSTONE,
+                standing: Standing::Clean {
+                    epoch: *epoch,
+                    seen: *seen,
+                    ours: Some(Ours {
+                        has_expired: true,
+                        ..*ours
+                    }),
+                },
+            }),
+            _ => None,
+        }
+    }
+
+    /// What is left of an entry: of a change that has expired and leaves no tombstone what
+    /// was there before it.
+    pub fn remains(&self, now: Instant) -> &Self {
+        match &self.standing {
+            Standing::Dirty { changed, .. }
+                if self.expires <= now && self.leaves_tombstone(now).is_none() =>
+            {
+                changed.before.as_deref().unwrap_or(self)
+            }
+            _ => self,
         }
     }
 

@@ -22,6 +22,19 @@ pub struct Loss {
     /// What time it was there when it was found: the version of a group that is made
     /// there later is no less. None: it is not known.
     pub found_at: Option<Version>,
+    /// The last version that the server is known to have given before it: what is stored
+    /// under a later one may have been written by somebody who did not know what was
+    /// lost. None: it is not known.
+    pub last_heard: Option<Version>,
+}
+
+/// The versions of the losses of a key.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Around {
+    /// See [`Loss::found_at`]: of the last loss.
+    pub found_at: Option<Version>,
+    /// See [`Loss::last_heard`]: of the first loss.
+    pub last_heard: Option<Version>,
 }
 
 /// The losses that entries may not have been told of yet.
@@ -40,6 +53,7 @@ impl Loss {
         since: None,
         of_deletes: false,
         found_at: None,
+        last_heard: None,
     };
 
     /// The same, but of deletes only.
@@ -61,6 +75,7 @@ impl Loss {
             since: self.since.min(other.since),
             of_deletes: self.of_deletes && other.of_deletes,
             found_at: self.found_at.max(other.found_at),
+            last_heard: self.last_heard.min(other.last_heard),
         }
     }
 }
@@ -121,6 +136,18 @@ impl Losses {
             })
     }
 
+    /// The versions of the losses of a key of which it was not told in `epoch`.
+    pub fn around(&self, key: &GroupKey, epoch: u64) -> Around {
+        let untold = self.known.iter().rev();
+        let untold = untold
+            .take_while(|(begun, _)| epoch < *begun)
+            .filter(|(_, loss)| loss.is_of(key));
+        Around {
+            found_at: self.found_at(key),
+            last_heard: untold.map(|(_, loss)| loss.last_heard).min().flatten(),
+        }
+    }
+
     /// When the last loss was found that may be of this key, by the clock of its server.
     pub fn found_at(&self, key: &GroupKey) -> Option<Version> {
         let mut latest = self.known.iter().rev().map(|(_, loss)| loss);
@@ -173,7 +200,7 @@ mod tests {
                     keys: Some(Arc::new(|_| false)),
                     since: Some(start + Duration::from_secs(epoch)),
                     of_deletes: true,
-                    found_at: None,
+                    ..Loss::ALL
                 },
             );
         }

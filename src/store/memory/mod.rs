@@ -34,7 +34,7 @@ use self::{
 pub use self::{
     entries::{Pending, Shown, Ticket},
     entry::{Changed, Ours},
-    loss::{Keys, Loss},
+    loss::{Around, Keys, Loss},
 };
 use super::{
     Backend, Deadline, Deletion, Expires, Expiry, Failure, KeyPage, Reply, StoreError, Written,
@@ -42,6 +42,7 @@ use super::{
         Condition, DocumentBatch, DocumentStore, ReadAll, StoredDocument, Write, WriteOutcome,
     },
     page_token::PageToken,
+    switch::OnRecovery,
 };
 use crate::{
     document::{Document, Draft},
@@ -116,13 +117,20 @@ impl MemoryStore {
 
     /// An empty store of at most `max_bytes`, documents and overhead together.
     pub fn new(max_bytes: usize, instance: InstanceId) -> Self {
-        Self::open(max_bytes, instance, RedisClock::default(), true)
+        let (clock, takes_changes, drops_changes) = (RedisClock::default(), true, false);
+        Self::open(max_bytes, instance, clock, takes_changes, drops_changes)
     }
 
     /// An empty store that takes no changes until it has to stand in for Redis. Its
     /// versions go on from `clock`.
-    pub fn mirror(max_bytes: usize, instance: InstanceId, clock: RedisClock) -> Self {
-        Self::open(max_bytes, instance, clock, false)
+    pub fn mirror(
+        max_bytes: usize,
+        instance: InstanceId,
+        clock: RedisClock,
+        on_recovery: OnRecovery,
+    ) -> Self {
+        let (takes_changes, drops_changes) = (false, on_recovery == OnRecovery::Discard);
+        Self::open(max_bytes, instance, clock, takes_changes, drops_changes)
     }
 
     fn open(
@@ -130,11 +138,12 @@ impl MemoryStore {
         instance: InstanceId,
         clock: RedisClock,
         takes_changes: bool,
+        drops_changes: bool,
     ) -> Self {
         Self {
             shared: Arc::new(Shared {
                 held: Lock::new(Held {
-                    entries: Entries::new(max_bytes, Instant::now()),
+                    entries: Entries::new(max_bytes, drops_changes, Instant::now()),
                     takes_changes,
                 }),
                 may_be_pending: AtomicBool::new(false),
@@ -299,6 +308,11 @@ impl MemoryStore {
     /// that is a group that was not known before.
     pub fn learn(&self, key: &GroupKey, shown: Shown, ticket: Ticket) -> bool {
         let mut shown = shown.claimed(key, &self.shared.instance);
+        // Nor does anything come back that was there when the call was sent.
+        if let Shown::Deleted(version) = &mut shown {
+            let sent = self.shared.clock.at(ticket.sent()).and_then(Version::new);
+            *version = (*version).max(sent.unwrap_or(*version));
+        }
         loop {
             let now = Instant::now();
             let mut held = self.shared.lock();
@@ -811,7 +825,12 @@ mod tests {
     /// Redis has executed it, lost it, and been told all that was known by then.
     #[tokio::test]
     async fn an_answer_that_comes_after_a_loss_is_to_be_told_again() {
-        let store = MemoryStore::mirror(1 << 20, InstanceId::random(), RedisClock::default());
+        let store = MemoryStore::mirror(
+            1 << 20,
+            InstanceId::random(),
+            RedisClock::default(),
+            OnRecovery::Reconcile,
+        );
         let ticket = store.ticket();
         store.doubt(vec![Loss::ALL]);
         store.nothing_pending(store.ticket());
@@ -837,7 +856,12 @@ mod tests {
     #[tokio::test]
     async fn versions_go_on_from_the_clock_of_redis() {
         let clock = RedisClock::default();
-        let store = MemoryStore::mirror(1 << 20, InstanceId::random(), clock.clone());
+        let store = MemoryStore::mirror(
+            1 << 20,
+            InstanceId::random(),
+            clock.clone(),
+            OnRecovery::Reconcile,
+        );
         store.stand_in();
         let hour_ago = Time::now().seconds() * 1_000_000 - 3_600_000_000;
         clock.hear(Instant::now(), hour_ago);

@@ -76,7 +76,15 @@ impl Table {
 
     /// The entry at a key.
     pub fn get(&self, key: &str) -> Option<&Entry> {
-        self.by_key.get(key).filter(|entry| !self.is_dropped(entry))
+        self.visible(self.by_key.get(key)?)
+    }
+
+    /// An entry, or if it was dropped what was there before it was changed.
+    fn visible<'a>(&self, entry: &'a Entry) -> Option<&'a Entry> {
+        match &entry.standing {
+            Standing::Dirty { changed, .. } if self.is_dropped(entry) => changed.before.as_deref(),
+            _ => Some(entry),
+        }
     }
 
     /// What Redis knows of the entry at a key.
@@ -103,7 +111,10 @@ impl Table {
         let entries = self.by_key.range::<str, _>((from, Bound::Unbounded));
         let entries = entries.take_while(|(key, _)| key.as_str().starts_with(prefix));
         for (looked_at, (key, entry)) in (1..).zip(entries) {
-            let goes_on = self.is_dropped(entry) || visit(key, entry).is_continue();
+            let goes_on = match self.visible(entry) {
+                Some(entry) => visit(key, entry).is_continue(),
+                None => true,
+            };
             if !goes_on || looked_at >= most {
                 return Some(key.clone());
             }
@@ -182,23 +193,24 @@ impl Table {
         count
     }
 
-    /// Puts what is left of the entry at a key, if it was dropped, in its place:
-    /// nothing, or that Redis holds a group of which the content is unknown.
-    /// Redis still holds what was changed. Should it fail again before that is
-    /// read, a delete must know that there is something to delete.
+    /// Puts what is left of the entry at a key, if it was dropped, in its place: what
+    /// was there before it was changed, or that Redis holds a group of which the content
+    /// is unknown. Should Redis fail again before that is read, a delete must know that
+    /// there is something to delete.
     ///
     /// To be called before an entry is changed. `epoch`: the one that goes on.
     pub fn settle(&mut self, key: &GroupKey, epoch: u64, now: Instant) {
-        let base = match self.by_key.get(key).map(|entry| &entry.standing) {
-            Some(standing @ Standing::Dirty { changed, .. })
-                if standing.is_before(self.generation) =>
-            {
-                changed.base
-            }
+        let (base, before) = match self.by_key.get_mut(key).map(|entry| &mut entry.standing) {
+            Some(standing) if standing.is_before(self.generation) => match standing {
+                Standing::Dirty { changed, .. } => (changed.base, changed.before.clone()),
+                Standing::Clean { .. } => return,
+            },
             _ => return,
         };
         self.remove(key);
-        if let Some((version, expires)) = base.filter(|(_, expires)| *expires > now) {
+        if let Some(before) = before {
+            self.put(key.clone(), *before);
+        } else if let Some((version, expires)) = base.filter(|(_, expires)| *expires > now) {
             let entry = Entry {
                 content: Content::Unknown,
                 version,
