@@ -291,8 +291,12 @@ impl Carrier {
         let version = just_after(lost.version.max(stored));
         let document =
             DocumentHead::new(&merged.group).finish(&self.instance.next_write_id(), version);
-        let left = found.expires.map(|expires| expires.left).zip(lost.left);
-        let left = left.map(|(theirs, ours)| theirs.max(ours));
+        // Whoever wrote last decided how long it lives.
+        let left = if stored > lost.version {
+            found.expires.map(|expires| expires.left)
+        } else {
+            lost.left
+        };
         let ticket = self.memory.ticket();
         let merged_document = LostDocument {
             document: &document,

@@ -15,7 +15,7 @@ use std::{
 
 use super::{
     evidence::{InstanceRecord, Sample},
-    history::{Backend, Call, Key, Moment, Reply, Role},
+    history::{Backend, Call, Key, Moment, Reply, Request},
     verdict::Flaw,
 };
 
@@ -83,7 +83,7 @@ pub fn judge<'a>(
                 dropped[*outage].certainly.remove(&call.key);
             }
         }
-        let may_expire = call.key.role == Role::Fleeting;
+        let may_expire = matches!(call.request, Request::StoreBriefly(_));
         match touched[..] {
             [outage] if change == Change::Yes && !may_expire => {
                 let dropped = &mut dropped[outage];

@@ -118,6 +118,7 @@ impl Track {
     /// Judges what Redis holds at the end.
     fn finish(&self, found: Option<&Found>, is_lossy: bool, at: Moment, verdict: &mut Verdict) {
         verdict.wandered += 1;
+        let version = found.map_or(0, |found| found.version);
         let found = found.map(|found| &found.content);
         let holds = match (&self.expected, found) {
             (Some(_), None) => self.is_brief,
@@ -137,7 +138,7 @@ impl Track {
             verdict.flaws.push(Flaw::CameBack {
                 key: self.key,
                 at,
-                version: 0,
+                version,
             });
         } else if !holds {
             verdict.flaws.push(self.lost(found, None));

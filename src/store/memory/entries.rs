@@ -285,7 +285,9 @@ impl Entries {
                 base: entry
                     .is_in_redis(now)
                     .then_some((entry.version, entry.expires)),
-                before: (self.drops_changes && ours.is_some()).then(|| Box::new(entry.clone())),
+                before: (ours.is_some()
+                    && (self.drops_changes || matches!(entry.content, Content::Deleted)))
+                .then(|| Box::new(entry.clone())),
                 ..Changed::default()
             },
             None => Changed::default(),
@@ -617,6 +619,11 @@ impl Entries {
             .entry(key)
             .map(|entry| entry.remains(now))
             .filter(|entry| self.pending_entry(key, entry, now))?;
+        // It was not yet swept.
+        let expired = (entry.expires <= now)
+            .then(|| entry.trace_of_expired())
+            .flatten();
+        let entry = expired.as_ref().unwrap_or(entry);
         let document = match &entry.content {
             Content::Document(json) if entry.expires > now => Some(Document {
                 key: key.clone(),

@@ -53,8 +53,7 @@ pub struct Ours {
     pub replaced: Option<Version>,
     /// Whether Redis has shown again what was deleted, so that it has to be deleted again.
     pub is_back: bool,
-    /// Whether nobody deleted it: what was written has expired, and what it replaced
-    /// might have lived longer.
+    /// Whether nobody deleted it: what was written has expired.
     pub has_expired: bool,
 }
 
@@ -73,8 +72,8 @@ impl Ours {
 pub struct Changed {
     /// The version in Redis that was changed, and when Redis lets it expire.
     pub base: Option<(Version, Instant)>,
-    /// What this instance itself had written or deleted in Redis and has changed since,
-    /// where changes are dropped: Redis may have lost it by then.
+    /// What this instance itself had deleted in Redis before, and where changes are
+    /// dropped also what it had written: Redis may lose that.
     pub before: Option<Box<Entry>>,
     /// Write ids of writes that may have been executed by Redis although they
     /// were answered here.
@@ -165,8 +164,8 @@ impl Entry {
         }
     }
 
-    /// What is left of a clean group once it has expired: this instance has written it in
-    /// place of what others may know, and has to say so should they put that back.
+    /// What is left of a clean group once it has expired: this instance has written it,
+    /// maybe in place of what others know, and has to say so should they put that back.
     pub fn trace_of_expired(&self) -> Option<Self> {
         match (&self.content, &self.standing) {
             (
@@ -176,7 +175,7 @@ impl Entry {
                     seen,
                     ours: Some(ours),
                 },
-            ) if ours.replaced.is_some() => Some(Self {
+            ) => Some(Self {
                 content: Content::Deleted,
                 version: self.version,
                 expires: self.expires + Self::TOMBSTONE,
