@@ -245,6 +245,28 @@ fn every_call_and_every_reason_is_in_a_table() {
     }
 }
 
+/// They are named as `suite::file::test`.
+#[test]
+fn the_tests_that_hold_the_guarantees_exist() {
+    let readme = readme();
+    let section = readme.split("\n## What is guaranteed").nth(1).unwrap();
+    let section = section.split("\n### ").next().unwrap();
+    let named = section
+        .split('`')
+        .filter(|piece| piece.matches("::").count() == 2);
+    let mut count = 0;
+    for named in named.filter(|named| !named.starts_with("suite")) {
+        let [suite, file, test] = named.split("::").collect::<Vec<_>>()[..] else {
+            unreachable!("it has two separators")
+        };
+        let path = format!("{}/tests/{suite}/{file}.rs", env!("CARGO_MANIFEST_DIR"));
+        let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+        assert!(text.contains(&format!("fn {test}(")), "{named}");
+        count += 1;
+    }
+    assert!(count > 15, "{count}");
+}
+
 #[test]
 fn the_files_that_are_linked_to_exist() {
     let readme = readme();

@@ -151,6 +151,7 @@ impl Service {
             deleted,
             version: convert::version(version),
             backend: convert::backend(answer.backend),
+            authoritative: answer.backend == Backend::Redis,
         };
         let conflict = !deleted && version.is_some();
         Ok(Replied::success(answer.backend, message).unless_conflict(conflict))

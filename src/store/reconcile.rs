@@ -114,11 +114,12 @@ pub fn next_step(
     }
 }
 
-/// A version that nobody else gives, so little after another one that no clock has moved.
+/// A version so little after another one that no clock has moved. Its low bits are neither
+/// those of Redis (0) nor those of a memory (8 to 15), so it is nobody else's.
 fn just_after(version: Version) -> Version {
-    const MICROS: std::ops::Range<i64> = 1..1_000;
-    let after = version.get().saturating_add(rand::random_range(MICROS));
-    Version::new(after).unwrap_or(version)
+    const STEP: i64 = 16;
+    let steps = version.get() / STEP + rand::random_range(1..64);
+    Version::new(steps * STEP + rand::random_range(1..8)).unwrap_or(version)
 }
 
 /// Whether two groups say the same besides version and write id.
@@ -660,6 +661,19 @@ mod tests {
             let step = next_step(Some(&ours), &changed(), &theirs, false);
             assert_eq!(step, Step::Carry(condition));
         }
+    }
+
+    /// Redis has gone back: what is stored was known when the change was made.
+    #[test]
+    fn what_was_there_before_is_replaced_and_a_delete_concerns_it() {
+        let ours = group(&["a"], "ours", 24);
+        let ancestor = theirs(&["x"], "earlier", 8);
+        let step = next_step(Some(&ours), &changed(), &ancestor, true);
+        assert_eq!(step, Step::Carry(Condition::Version(version(8))));
+        let step = next_step(None, &changed(), &ancestor, true);
+        assert_eq!(step, Step::Delete(version(8)));
+        let step = next_step(None, &changed(), &ancestor, false);
+        assert_eq!(step, Step::Nothing);
     }
 
     #[test]

@@ -362,6 +362,7 @@ async fn an_absent_group_is_not_found_and_memory_is_no_authority() {
     };
     let reply = client.delete(delete).await.unwrap().into_inner();
     assert_eq!((reply.deleted, reply.version), (false, 0));
+    assert!(!reply.authoritative);
 }
 
 #[tokio::test]

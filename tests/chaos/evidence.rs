@@ -87,6 +87,8 @@ pub struct Sample {
     pub recoveries: u64,
     /// Groups dropped at recoveries, all together.
     pub discarded: u64,
+    /// Groups that it has put back, all together.
+    pub put_back: u64,
     pub mirror_bytes: usize,
 }
 

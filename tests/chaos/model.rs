@@ -175,10 +175,6 @@ impl<'a> KeyModel<'a> {
             .any(|wipe| *wipe.start() <= end && since <= *wipe.end())
         {
             forget_versions(&mut self.redis);
-            // What memory has dropped it cannot put back.
-            if self.cold {
-                self.redis.push(Possible::absent());
-            }
         }
         let closed = self
             .rules

@@ -149,16 +149,8 @@ fn judge_keys(evidence: &Evidence, verdict: &mut Verdict) {
 }
 
 /// Shared keys, to which alerts are only added: none that was acknowledged may
-/// be missing, but for those that `discard` may drop. Where it has dropped one, memory
-/// does not know the group any more, and cannot put it back when Redis loses it.
+/// be missing, but for those that `discard` may drop.
 fn judge_shared_keys(evidence: &Evidence, verdict: &mut Verdict) {
-    let last_wipe = evidence.wipes().iter().map(|wipe| *wipe.end()).max();
-    let dropped: BTreeSet<Key> = evidence
-        .calls_of(Role::Shared)
-        .filter(|call| call.changed() && call.backend() == Some(Backend::Memory))
-        .filter(|call| last_wipe.is_some_and(|wipe| call.begin <= wipe))
-        .map(|call| call.key)
-        .collect();
     let mut asked: BTreeMap<Key, BTreeSet<&String>> = BTreeMap::new();
     let mut kept: BTreeMap<Key, BTreeSet<&String>> = BTreeMap::new();
     for call in evidence.calls_of(Role::Shared) {
@@ -175,10 +167,7 @@ fn judge_shared_keys(evidence: &Evidence, verdict: &mut Verdict) {
         };
         let must_stay = match evidence.policy {
             Policy::Reconcile => true,
-            Policy::Discard => {
-                let stays = last_wipe.is_none_or(|wipe| call.begin > wipe);
-                backend == Backend::Redis && (stays || !dropped.contains(&call.key))
-            }
+            Policy::Discard => backend == Backend::Redis,
         };
         if must_stay {
             kept.entry(call.key).or_default().extend(fingerprints);
@@ -327,6 +316,7 @@ fn judge_instance(instance: usize, record: &InstanceRecord, verdict: &mut Verdic
         flaws.push(Flaw::MirrorGrew { instance, bytes });
     }
     verdict.discarded += record.samples.last().map_or(0, |sample| sample.discarded);
+    verdict.put_back += record.samples.last().map_or(0, |sample| sample.put_back);
     verdict.peak_resident_bytes = verdict.peak_resident_bytes.max(record.peak_resident_bytes);
     verdict.peak_mirror_bytes = verdict.peak_mirror_bytes.max(bytes);
 }

@@ -19,7 +19,7 @@ const LOG_LINES_TOLD: usize = 60;
 /// The heading of the table.
 pub fn heading() -> String {
     format!(
-        "{:>5} {:<9} {:<12} {:>6} {:>7} {:>5} {:>5} {:>5} {:>5} {:>8} {:>8} {:>8} {:>6} {:>6}  faults",
+        "{:>5} {:<9} {:<12} {:>6} {:>7} {:>5} {:>5} {:>5} {:>5} {:>5} {:>8} {:>8} {:>8} {:>6} {:>6}  faults",
         "seed",
         "policy",
         "topology",
@@ -28,6 +28,7 @@ pub fn heading() -> String {
         "mem%",
         "lost",
         "disc.",
+        "back",
         "unkn.",
         "slowest",
         "to mem",
@@ -42,7 +43,7 @@ pub fn row(outcome: &Outcome) -> String {
     let (plan, verdict) = (&outcome.plan, &outcome.verdict);
     let faults: Vec<String> = plan.steps.iter().map(ToString::to_string).collect();
     format!(
-        "{:>5} {:<9} {:<12} {:>6} {:>7} {:>4}% {:>5} {:>5} {:>5} {:>8} {:>8} {:>8} {:>6} {:>6}  {}",
+        "{:>5} {:<9} {:<12} {:>6} {:>7} {:>4}% {:>5} {:>5} {:>5} {:>5} {:>8} {:>8} {:>8} {:>6} {:>6}  {}",
         plan.seed,
         plan.policy,
         plan.topology(),
@@ -51,6 +52,7 @@ pub fn row(outcome: &Outcome) -> String {
         100 * verdict.by_memory / verdict.calls.max(1),
         verdict.lost,
         verdict.discarded,
+        verdict.put_back,
         verdict.unknown,
         millis(Some(verdict.slowest)),
         millis(verdict.to_memory.iter().max().copied()),
@@ -141,7 +143,8 @@ pub fn summary(outcomes: &[Outcome]) -> String {
     let failed = verdicts().filter(|verdict| !verdict.flaws.is_empty());
     let mut text = format!(
         "{} runs, {} failed; {} calls, {} acknowledged changes, {} answered by memory, \
-         {} lost, {} discarded and counted, {} unknown, {} returned\n",
+         {} lost, {} discarded and counted, {} put back, {} unknown, {} returned; \
+         {} keys wandered\n",
         outcomes.len(),
         failed.count(),
         verdicts().map(|verdict| verdict.calls).sum::<usize>(),
@@ -149,8 +152,10 @@ pub fn summary(outcomes: &[Outcome]) -> String {
         verdicts().map(|verdict| verdict.by_memory).sum::<usize>(),
         verdicts().map(|verdict| verdict.lost).sum::<usize>(),
         verdicts().map(|verdict| verdict.discarded).sum::<u64>(),
+        verdicts().map(|verdict| verdict.put_back).sum::<u64>(),
         verdicts().map(|verdict| verdict.unknown).sum::<usize>(),
         verdicts().map(|verdict| verdict.returned).sum::<usize>(),
+        verdicts().map(|verdict| verdict.wandered).sum::<usize>(),
     );
     let spreads: [(&str, Vec<Duration>); 3] = [
         (

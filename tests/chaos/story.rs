@@ -130,6 +130,7 @@ impl Story {
         let sample = Sample {
             recoveries: record.outages.len() as u64,
             discarded,
+            put_back: 0,
             mirror_bytes: 1,
         };
         record.samples.extend([sample; 3]);
@@ -159,12 +160,6 @@ impl Story {
 
     pub fn kill(self) -> Self {
         self.fault(Fault::Kill, 100, true)
-    }
-
-    /// A second instance on the same Redis.
-    pub fn shared(mut self) -> Self {
-        self.evidence.instances.push(InstanceRecord::default());
-        self
     }
 
     /// What is in Redis at the end.

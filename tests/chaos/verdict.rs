@@ -22,6 +22,8 @@ pub struct Verdict {
     pub lost: usize,
     /// Groups that `discard` dropped, as counted by the instances.
     pub discarded: u64,
+    /// Groups that instances had written and Redis had lost, and that they put back.
+    pub put_back: u64,
     /// Failed writes: they happened or not.
     pub unknown: usize,
     /// Deleted things that returned where that is documented.

@@ -76,6 +76,7 @@ async fn sample(addr: &str) -> Result<Sample, String> {
     Ok(Sample {
         recoveries: read("storage_recovery_total")?,
         discarded: read("degraded_writes_discarded_total")?,
+        put_back: read("groups_put_back_total")?,
         mirror_bytes: usize::try_from(read("mirror_bytes")?).unwrap_or(usize::MAX),
     })
 }

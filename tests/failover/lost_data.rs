@@ -192,7 +192,8 @@ async fn a_delete_of_another_instance_is_not_undone() {
     let groups = || (0..GROUPS).map(|i| format!("k/{i}"));
     for key in groups() {
         scene.store(&key, &["a"]).await;
-        assert!(delete(&mut client, &key).await.deleted);
+        let deleted = delete(&mut client, &key).await;
+        assert!(deleted.deleted && deleted.authoritative);
     }
     scene.redis.restart().await;
     has_noticed(&scene.service, 1.0).await;

@@ -59,6 +59,7 @@ async fn every_call_is_answered_from_memory_once_redis_is_dead() {
     assert_eq!(keys.unwrap().into_inner().keys.len(), 252);
     let deleted = scene.delete("k").await;
     assert_eq!((deleted.backend, deleted.deleted), (MEMORY, true));
+    assert!(!deleted.authoritative);
     let absent = scene.load("k").await.unwrap_err();
     assert_eq!(absent.code(), Code::NotFound);
     let authoritative = tonic_types::StatusExt::get_details_error_info(&absent);

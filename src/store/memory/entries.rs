@@ -125,10 +125,16 @@ pub enum Pending {
 
 impl Shown {
     /// Whether this is what comes of a Redis that has lost the `known` entry.
-    fn is_before(&self, known: &Entry) -> bool {
+    fn is_without(&self, known: &Entry, around: Around) -> bool {
         match (self, &known.content) {
             (Self::Document { version, .. }, Content::Deleted) => *version <= known.version,
-            (Self::Document { version, .. }, _) => *version < known.version,
+            // A newer one may have been written by somebody who did not know of it.
+            (Self::Document { version, ours, .. }, _) => {
+                *version < known.version
+                    || *version > known.version
+                        && ours.is_none()
+                        && Some(*version) > around.last_heard
+            }
             (Self::Absent, content) => matches!(content, Content::Document(_)),
             // A call that deletes has told Redis first.
             (Self::Deleted(_), _) => false,
@@ -357,9 +363,12 @@ impl Entries {
         let known = match self.entry(key).map(|entry| (entry, &entry.standing)) {
             // What was changed here has to be told to Redis first.
             Some((_, Standing::Dirty { .. })) => return Ok(false),
-            // And so has what it may have lost: there may be an older one already,
-            // which another instance has put back.
-            Some((entry, _)) if self.pending_entry(key, entry, now) && shown.is_before(entry) => {
+            // And so has what it may have lost: there may be another one already, which
+            // another instance has put back.
+            Some((entry, Standing::Clean { epoch, .. }))
+                if self.pending_entry(key, entry, now)
+                    && shown.is_without(entry, self.losses.around(key, *epoch)) =>
+            {
                 return Ok(false);
             }
             Some((entry, Standing::Clean { epoch, seen, ours }))

@@ -113,13 +113,19 @@ fn what_redis_may_have_lost_is_not_replaced_by_less_before_it_was_offered() {
     let (mut entries, now) = entries(1 << 20);
     let before = entries.ticket(now);
     learn(&mut entries, &key("k"), written(32, None), before, now);
-    entries.begin_epoch(vec![Loss::ALL]);
+    entries.begin_epoch(vec![Loss {
+        last_heard: Some(version(50)),
+        ..Loss::ALL
+    }]);
     let ticket = entries.ticket(now + SECOND);
     learn(&mut entries, &key("k"), shown(16, None), ticket, now);
     learn(&mut entries, &key("k"), Shown::Absent, ticket, now);
     assert_eq!(version_at(&entries, "k", now), Some(32));
+    // One that came after the loss may have been written without it.
+    learn(&mut entries, &key("k"), shown(64, None), ticket, now);
+    assert_eq!(version_at(&entries, "k", now), Some(32));
     assert!(entries.is_pending(&key("k"), now));
-    // One that is newer was written since.
+    // One that came before has survived, and has replaced it.
     learn(&mut entries, &key("k"), shown(48, None), ticket, now);
     assert_eq!(version_at(&entries, "k", now), Some(48));
     assert!(!entries.is_pending(&key("k"), now));
@@ -354,6 +360,96 @@ fn only_what_this_instance_has_written_and_redis_may_have_lost_is_unsure() {
     entries.offered(&key("old"), version(16), true, later);
     assert!(!entries.is_pending(&key("old"), later));
     assert_eq!(version_at(&entries, "old", later), Some(16));
+}
+
+/// Others may know what it has replaced, and put that back.
+#[test]
+fn what_was_written_here_and_has_expired_is_unsure_like_a_delete() {
+    let (mut entries, now) = entries(1 << 20);
+    let ticket = entries.ticket(now);
+    learn(
+        &mut entries,
+        &key("k"),
+        written(16, Some(SECOND)),
+        ticket,
+        now,
+    );
+    let now = now + 2 * SECOND;
+    for swept in [false, true] {
+        if swept {
+            sweep(&mut entries, now);
+        }
+        assert_eq!(version_at(&entries, "k", now), None);
+        // Redis may show it for a moment longer.
+        let ticket = entries.ticket(now);
+        assert!(!entries.contradicts(&key("k"), Some(version(16)), ticket, now));
+        assert!(!entries.is_pending(&key("k"), now));
+    }
+    entries.begin_epoch(vec![Loss::ALL]);
+    assert!(matches!(
+        entries.pending(&key("k"), now),
+        Some(Pending::Unsure { document: None, .. })
+    ));
+    let forgotten = now + Entry::TOMBSTONE;
+    assert!(!entries.is_pending(&key("k"), forgotten));
+}
+
+#[test]
+fn what_was_there_before_changes_that_are_dropped_is_there_again() {
+    let now = Instant::now();
+    let mut entries = Entries::new(1 << 20, true, now);
+    let ticket = entries.ticket(now);
+    learn(&mut entries, &key("ours"), written(16, None), ticket, now);
+    learn(&mut entries, &key("read"), shown(16, None), ticket, now);
+    learn(
+        &mut entries,
+        &key("gone"),
+        Shown::Deleted(version(16)),
+        ticket,
+        now,
+    );
+    let expires = now + 9 * SECOND;
+    for name in ["ours", "read", "gone"] {
+        entries
+            .change(&key(name), document(32), expires, None, now)
+            .unwrap();
+    }
+    assert_eq!(entries.discard(now), Ok(3));
+    entries.begin_epoch(vec![Loss::ALL]);
+    for swept in [false, true] {
+        if swept {
+            sweep(&mut entries, now);
+        }
+        assert_eq!(version_at(&entries, "ours", now), Some(16));
+        assert_eq!(version_at(&entries, "read", now), None);
+        assert_eq!(version_at(&entries, "gone", now), None);
+        let (pending, _) = entries.pending_keys(None, 9, now);
+        assert_eq!(pending, [key("gone"), key("ours")]);
+    }
+}
+
+/// By both policies.
+#[test]
+fn a_delete_is_remembered_after_a_group_that_came_and_went_here() {
+    for drops_changes in [false, true] {
+        let now = Instant::now();
+        let mut entries = Entries::new(1 << 20, drops_changes, now);
+        let ticket = entries.ticket(now);
+        learn(
+            &mut entries,
+            &key("k"),
+            Shown::Deleted(version(16)),
+            ticket,
+            now,
+        );
+        entries
+            .change(&key("k"), document(32), now + SECOND, None, now)
+            .unwrap();
+        entries.delete(&key("k"), now);
+        assert_eq!(entries.dirty(), 0);
+        entries.begin_epoch(vec![Loss::ALL]);
+        assert!(entries.is_pending(&key("k"), now));
+    }
 }
 
 #[test]
