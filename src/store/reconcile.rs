@@ -249,17 +249,18 @@ impl Carrier {
             .redis
             .read_document(key, true, known_bytes, Deadline::NONE)
             .await;
-        let found = match found {
+        if let Err(NotDone {
+            error: StoreError::StoredValueTooLarge { .. },
+            ..
+        }) = found
+        {
             // It was not read: what is there stays.
-            Err(NotDone {
-                error: StoreError::StoredValueTooLarge { .. },
-                ..
-            }) => None,
-            found => found?,
-        };
-        let Some(found) = found else {
-            // Somebody has just deleted it.
             self.memory.offered(key, lost.version, false);
+            return Ok(());
+        }
+        let Some(found) = found? else {
+            // Somebody has just deleted it, and will do so again; or it was told to a server
+            // that was just leaving.
             return Ok(());
         };
         let theirs = found.document.parse().ok();

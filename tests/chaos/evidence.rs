@@ -113,15 +113,6 @@ impl Evidence {
         wiped.map(|struck| struck.began..=struck.writable).collect()
     }
 
-    /// Whether one instance may have had another Redis than another one during a call.
-    pub fn has_two_sides(&self, call: &Call) -> bool {
-        self.faults.iter().any(|struck| {
-            struck.step.fault == Fault::Move
-                && struck.began <= call.end
-                && call.begin <= struck.writable
-        })
-    }
-
     /// For how long the machine stood still in this time.
     pub fn stalled(&self, from: Moment, to: Moment) -> Duration {
         let stalls = self.stalls.iter().map(|stall| stall.overlap(from, to));
@@ -141,6 +132,16 @@ impl Evidence {
                 self.instances[instance].outages[number].slack = slack;
             }
         }
+    }
+}
+
+// === impl Struck ===
+
+impl Struck {
+    /// Whether one instance may have had another Redis than another one during a call.
+    pub fn has_two_sides(&self, call: &Call) -> bool {
+        let overlaps = self.began <= call.end && call.begin <= self.writable;
+        self.step.fault == Fault::Move && overlaps
     }
 }
 

@@ -22,7 +22,7 @@ use super::{
     clients::{Live, RunClock, Sabotage, Writer},
     evidence::{Evidence, Stall, Struck},
     ground::Ground,
-    history::{Call, Content, Found, Key, Reply, Request, Role},
+    history::{Backend, Call, Content, Found, Key, Reply, Request, Role},
     oracle::judge,
     schedule::{After, Plan, Step},
     verdict::Verdict,
@@ -293,15 +293,18 @@ impl Stage {
 
     /// An instance that has not heard of a delete may put the group back; who has deleted
     /// it does so again, for some time. Judged is what there is then.
-    async fn wait_until_deleted_again(&self, calls: &[Call]) {
-        let last: BTreeMap<Key, &Call> = calls.iter().map(|call| (call.key, call)).collect();
-        let deleted = last.values().filter(|call| {
-            call.key.role == Role::Wandering
-                && match call.reply {
-                    Reply::Deleted { .. } => true,
-                    Reply::Written { .. } => matches!(call.request, Request::StoreBriefly(_)),
-                    _ => false,
-                }
+    async fn wait_until_deleted_again(&self, calls: &[Call], faults: &[Struck]) {
+        let of_redis = |call: &&Call| call.backend() == Some(Backend::Redis);
+        let known = calls
+            .iter()
+            .filter(|call| call.key.role == Role::Wandering)
+            .filter(|call| !faults.iter().any(|struck| struck.has_two_sides(call)));
+        let last: BTreeMap<Key, &Call> = known.map(|call| (call.key, call)).collect();
+        let deleted = last.into_values().filter(of_redis).filter(|call| {
+            matches!(
+                (&call.reply, &call.request),
+                (Reply::Deleted { .. }, _) | (Reply::Written { .. }, Request::StoreBriefly(_))
+            )
         });
         let deleted: Vec<String> = deleted.map(|call| call.key.to_string()).collect();
         let bound = Bound::of(DELETED_AGAIN_WITHIN);
@@ -337,7 +340,7 @@ impl Stage {
             let ttl = BRIEF_TTL + set_back.sum::<Duration>();
             sleep_until(self.last_fleeting + ttl + EXPIRED_WITHIN).await;
         }
-        self.wait_until_deleted_again(&calls).await;
+        self.wait_until_deleted_again(&calls, &faults).await;
         let mut finals = read_all(&self.ground).await;
         for name in victims(&finals).into_iter().take(run.deleted_behind) {
             let mut connection = self.ground.primaries()[0].connect().await;

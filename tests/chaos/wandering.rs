@@ -81,7 +81,8 @@ impl Track {
         if call.backend() != Some(Backend::Redis) {
             return !call.is_write();
         }
-        self.is_disputed |= call.is_write() && evidence.has_two_sides(call);
+        let mut faults = evidence.faults.iter();
+        self.is_disputed |= call.is_write() && faults.any(|struck| struck.has_two_sides(call));
         let is_sure = first_loss.is_none_or(|loss| call.end < loss);
         let seen = match &call.reply {
             Reply::Shown { found, .. } => Some(found.as_ref().map(|found| &found.content)),

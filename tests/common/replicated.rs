@@ -133,6 +133,7 @@ impl Replicated {
             Self::Sentinel(sentinel) => sentinel.servers.iter().collect(),
             Self::Cluster(cluster) => vec![&cluster.primaries[SHARD], &cluster.replicas[SHARD]],
         };
+        let mut connections = Vec::new();
         for server in servers {
             let mut connection = server.connect().await;
             for setting in ["masteruser", "masterauth"] {
@@ -140,9 +141,13 @@ impl Replicated {
                 set.arg("SET").arg(setting).arg(user);
                 let () = set.query_async(&mut connection).await.unwrap();
             }
+            connections.push(connection);
+        }
+        // Who is connected has logged in already.
+        for connection in &mut connections {
             let mut end = redis::cmd("CLIENT");
             end.arg("KILL").arg("TYPE").arg("replica");
-            let _: i64 = end.query_async(&mut connection).await.unwrap();
+            let _: i64 = end.query_async(connection).await.unwrap();
         }
     }
 

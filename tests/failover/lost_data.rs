@@ -214,6 +214,83 @@ async fn a_delete_of_another_instance_is_not_undone() {
     assert_eq!(listed(&mut scene.client).await, 0);
 }
 
+/// One instance puts back what it has written for a day, and another one had let it
+/// expire.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_instance_has_let_expire_does_not_return() {
+    const GROUPS: usize = 20;
+    let mut scene = Scene::new(DISCARD).await;
+    let (ends_them, mut client) = scene.other(DISCARD).await;
+    let groups = || (0..GROUPS).map(|i| format!("k/{i}"));
+    for key in groups() {
+        scene.store(&key, &["a"]).await;
+        let request = pb::StoreRequest {
+            group: Some(group(&key, &["b"])),
+            expiry: Some(pb::store_request::Expiry::Ttl(prost_types::Duration {
+                seconds: 1,
+                nanos: 0,
+            })),
+        };
+        client.store(request).await.unwrap();
+    }
+    let redis = scene.redis_client().await;
+    wait_until("they have expired", HEALED_WITHIN, async || {
+        keys_in(&mut redis.clone()).await.is_empty()
+    })
+    .await;
+    scene.redis.restart().await;
+    has_noticed(&scene.service, 1.0).await;
+    has_noticed(&ends_them, 1.0).await;
+    wait_until("all were put back", HEALED_WITHIN, async || {
+        scene.service.metric("groups_put_back_total").await == GROUPS as f64
+    })
+    .await;
+    let redis = scene.redis_client().await;
+    wait_until("and are deleted again", DELETED_WITHIN, async || {
+        keys_in(&mut redis.clone()).await.is_empty()
+    })
+    .await;
+    let again = ends_them.metric("groups_deleted_again_total").await;
+    assert_eq!(again, GROUPS as f64);
+}
+
+/// Only what memory has acknowledged is dropped, and not what Redis had before.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_there_was_before_a_change_that_is_dropped_is_put_back() {
+    let mut scene = Scene::new(DISCARD).await;
+    let before = scene.store("changed", &["before"]).await;
+    scene.store("deleted", &["before"]).await;
+    scene.redis.kill();
+    wait_until("memory answers", HEALED_WITHIN, async || {
+        let mut client = scene.client.clone();
+        let request = pb::StoreRequest {
+            group: Some(group("changed", &["dropped"])),
+            expiry: None,
+        };
+        client
+            .store(request)
+            .await
+            .is_ok_and(|stored| stored.into_inner().backend == MEMORY)
+    })
+    .await;
+    assert!(scene.delete("deleted").await.deleted);
+    scene.redis.restart().await;
+    has_noticed(&scene.service, 1.0).await;
+    assert_eq!(listed(&mut scene.client).await, 2);
+    let loaded = scene.load("changed").await.unwrap();
+    assert_eq!(
+        (fingerprints(&loaded), version(&loaded)),
+        (vec!["before"], before.version)
+    );
+    let loaded = scene.load("deleted").await.unwrap();
+    assert_eq!(fingerprints(&loaded), ["before"]);
+    let discarded = scene
+        .service
+        .metric("degraded_writes_discarded_total")
+        .await;
+    assert_eq!(discarded, 2.0);
+}
+
 /// What is no ancestor of it: of another writer, and not what it has replaced.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_others_have_written_is_merged_with_and_not_replaced() {
