@@ -221,6 +221,11 @@ async fn what_another_instance_has_let_expire_does_not_return() {
     const GROUPS: usize = 20;
     let mut scene = Scene::new(DISCARD).await;
     let (ends_them, mut client) = scene.other(DISCARD).await;
+    // While it fills its mirror, the first one may come to read what the other one writes.
+    wait_until("mirrors are filled", HEALED_WITHIN, async || {
+        scene.service.health().await["status"] == "ok" && ends_them.health().await["status"] == "ok"
+    })
+    .await;
     let groups = || (0..GROUPS).map(|i| format!("k/{i}"));
     for key in groups() {
         scene.store(&key, &["a"]).await;
