@@ -108,29 +108,38 @@ impl Alert {
     ///
     /// By, in this order:
     ///
-    /// 1. `starts_at`: an alert that began to fire again has a later start than
-    ///    whatever was said of its earlier life, even if that is heard later;
-    /// 2. `timestamp`: of the same life, the report that was received last;
-    /// 3. `status`: at the same moment, resolved over firing, since an alert is
-    ///    resolved after it fires and never the other way round in one life;
+    /// 1. `timestamp`: the report that was received last. One without comes before
+    ///    all that have one; of two without, the later `ends_at`, or `starts_at`
+    ///    where there is none, counts;
+    /// 2. `status`: at the same moment, resolved over firing;
+    /// 3. `starts_at`: the later start;
     /// 4. the bytes of its JSON: without meaning, but the same everywhere.
+    ///
+    /// The start does not decide first, since that of a running alert moves
+    /// backwards: Alertmanager does so when it hears late of a second Prometheus
+    /// that fired earlier. An order by start would ignore every report from then
+    /// on, "resolved" included. Alertmanager's own merge goes by receipt, too.
     ///
     /// An absent time is before any other. The order is total, and two reports
     /// are equal in it only if they are equal.
     pub fn report_order(&self, other: &Self) -> Ordering {
-        self.starts_at
-            .cmp(&other.starts_at)
-            .then_with(|| self.timestamp.cmp(&other.timestamp))
-            .then_with(|| self.status.cmp(&other.status))
-            .then_with(|| {
-                // Most reports that come this far are one and the same: no
-                // need to write them as JSON.
-                if self == other {
-                    Ordering::Equal
-                } else {
-                    self.json().cmp(&other.json())
-                }
-            })
+        fn rank(report: &Alert) -> impl Ord {
+            let heard = report.timestamp;
+            let else_happened = match heard {
+                Some(_) => None,
+                None => report.ends_at.or(report.starts_at),
+            };
+            (heard, else_happened, report.status, report.starts_at)
+        }
+        rank(self).cmp(&rank(other)).then_with(|| {
+            // Most reports that come this far are one and the same: no
+            // need to write them as JSON.
+            if self == other {
+                Ordering::Equal
+            } else {
+                self.json().cmp(&other.json())
+            }
+        })
     }
 
     fn json(&self) -> Vec<u8> {

@@ -247,6 +247,20 @@ mod tests {
         assert_eq!(group.alerts, before.alerts);
         assert!(!group.add_reports(&[firing("a", 10, 11)], at(40)));
         assert!(!group.add_reports(&[firing("a", 10, 15)], at(40)));
+        assert!(!group.add_reports(&[firing("a", 18, 19)], at(40)));
+    }
+
+    /// A second Prometheus that fired earlier is heard later.
+    #[test]
+    fn a_start_that_moves_backwards_is_followed_until_the_alert_is_over() {
+        let mut group = group();
+        group.add_reports(&[firing("a", 13, 13)], at(13));
+        assert!(group.add_reports(&[firing("a", 10, 20)], at(20)));
+        assert_eq!(group.alerts["a"].starts_at, Some(at(10)));
+        assert_eq!(group.metadata.first_firing_at, Some(at(10)));
+        assert!(group.add_reports(&[resolved("a", 10, 40)], at(40)));
+        assert_eq!(group.metadata.state, GroupState::Resolved);
+        assert_eq!(group.metadata.firing_count, 0);
     }
 
     #[test]

@@ -21,8 +21,8 @@ import (
 const key = grouping.GroupKey("alertname=DiskFull,cluster=go")
 
 // report is the change "this alert was reported", to be applied to any state of its
-// group. Reports come in any order, and a lost race applies one again over later
-// ones: so the later report of an alert counts, not the one that is applied last.
+// group. A lost race applies a report again over later ones: so the one that was
+// received last counts, not the one that is applied last.
 func report(alert *grouping.Alert) func(*grouping.AlertGroup) error {
 	return func(group *grouping.AlertGroup) error {
 		if known := group.Alerts[alert.Fingerprint]; known == nil || !isLater(known, alert) {
@@ -51,31 +51,47 @@ func report(alert *grouping.Alert) func(*grouping.AlertGroup) error {
 	}
 }
 
-// isLater orders the reports of one alert, by StartsAt, Timestamp, resolved over firing.
+// isLater orders the reports of one alert: by Timestamp, when each was received;
+// resolved over firing; then by StartsAt. One without a Timestamp comes before all
+// that have one; of two without, the later EndsAt counts, or StartsAt.
+//
+// StartsAt does not decide first: that of a running alert moves backwards when
+// Alertmanager hears of a second Prometheus that fired earlier.
 func isLater(a, b *grouping.Alert) bool {
-	if !a.StartsAt.Equal(b.StartsAt) {
-		return a.StartsAt.After(b.StartsAt)
+	if (a.Timestamp == nil) != (b.Timestamp == nil) {
+		return b.Timestamp == nil
 	}
-	if at, bt := timestamp(a), timestamp(b); !at.Equal(bt) {
+	if at, bt := received(a), received(b); !at.Equal(bt) {
 		return at.After(bt)
 	}
-	return a.Status == "resolved" && b.Status == "firing"
-}
-
-func timestamp(alert *grouping.Alert) time.Time {
-	if alert.Timestamp == nil {
-		return time.Time{}
+	if a.Status != b.Status {
+		return a.Status == "resolved"
 	}
-	return *alert.Timestamp
+	return a.StartsAt.After(b.StartsAt)
 }
 
-func alert(fingerprint string, status grouping.AlertStatus, startsAt int64) *grouping.Alert {
+func received(alert *grouping.Alert) time.Time {
+	switch {
+	case alert.Timestamp != nil:
+		return *alert.Timestamp
+	case alert.EndsAt != nil:
+		return *alert.EndsAt
+	default:
+		return alert.StartsAt
+	}
+}
+
+// alert is a report of an alert, received so many minutes ago.
+func alert(fingerprint string, status grouping.AlertStatus, minutesAgo time.Duration) *grouping.Alert {
+	now := time.Now()
+	timestamp := now.Add(-minutesAgo * time.Minute)
 	return &grouping.Alert{
 		Fingerprint: fingerprint,
 		AlertName:   "DiskFull",
 		Status:      status,
 		Labels:      map[string]string{"alertname": "DiskFull", "cluster": "go", "disk": fingerprint},
-		StartsAt:    time.Unix(startsAt, 0),
+		StartsAt:    now.Add(-time.Hour),
+		Timestamp:   &timestamp,
 	}
 }
 
@@ -95,7 +111,7 @@ func main() {
 		replicas.Add(1)
 		go func(n int) {
 			defer replicas.Done()
-			_, err := storage.Change(ctx, key, report(alert(fmt.Sprintf("disk-%d", n), "firing", 1_000)))
+			_, err := storage.Change(ctx, key, report(alert(fmt.Sprintf("disk-%d", n), "firing", 10)))
 			must(err)
 		}(n)
 	}
@@ -106,9 +122,9 @@ func main() {
 
 	// Two have loaded the same version, and only one of them can store it.
 	ours, theirs := group, group.Clone()
-	must(report(alert("disk-1", "resolved", 2_000))(theirs))
+	must(report(alert("disk-1", "resolved", 1))(theirs))
 	must(storage.Store(ctx, theirs))
-	must(report(alert("disk-2", "resolved", 2_000))(ours))
+	must(report(alert("disk-2", "resolved", 1))(ours))
 	var mismatch *grouping.ErrVersionMismatch
 	if err := storage.Store(ctx, ours); !errors.As(err, &mismatch) {
 		log.Fatalf("should have lost the race: %v", err)
@@ -116,7 +132,7 @@ func main() {
 	fmt.Println("lost race:", mismatch.ActualVersion == theirs.Version)
 
 	// The change once more, on what is stored now.
-	group, err = storage.Change(ctx, key, report(alert("disk-2", "resolved", 2_000)))
+	group, err = storage.Change(ctx, key, report(alert("disk-2", "resolved", 1)))
 	must(err)
 	fmt.Println("state:", group.Metadata.State, "with", group.Metadata.ResolvedCount, "resolved")
 
