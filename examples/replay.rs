@@ -76,6 +76,12 @@ enum ReplayError {
         line: usize,
         error: serde_json::Error,
     },
+    #[error("{}, line {line}: {message}", .file.display())]
+    Refused {
+        file: PathBuf,
+        line: usize,
+        message: String,
+    },
     #[error("--addr {0}")]
     Resolve(#[from] ResolveError),
     #[error("--addr {addr}: {error}")]
@@ -223,15 +229,26 @@ fn read(options: &Options) -> Result<Vec<Reports>, ReplayError> {
             line: index + 1,
             error,
         })?;
-        let Some(key) = webhook.key(&GroupKeys::new()) else {
-            continue;
-        };
+        let key = webhook
+            .key(&GroupKeys::new())
+            .expect("groups are by labels");
+        let group_by = webhook.group_by();
         let received = Time::from_parts(FIRST_RECEIVED + index as i64, 0);
-        webhooks.push(Reports {
-            key,
-            group_by: webhook.group_by(),
-            alerts: webhook.into_reports(received.expect("no file is so long")),
-        });
+        let (alerts, refused) = webhook.into_reports(received.expect("no file is so long"));
+        if let Some(refused) = refused.into_iter().next() {
+            return Err(ReplayError::Refused {
+                file: file.clone(),
+                line: index + 1,
+                message: refused.message,
+            });
+        }
+        if !alerts.is_empty() {
+            webhooks.push(Reports {
+                key,
+                group_by,
+                alerts,
+            });
+        }
     }
     Ok(webhooks)
 }

@@ -124,12 +124,9 @@ impl Alert {
     /// are equal in it only if they are equal.
     pub fn report_order(&self, other: &Self) -> Ordering {
         fn rank(report: &Alert) -> impl Ord {
-            let heard = report.timestamp;
-            let else_happened = match heard {
-                Some(_) => None,
-                None => report.ends_at.or(report.starts_at),
-            };
-            (heard, else_happened, report.status, report.starts_at)
+            // With a `timestamp`, its second part is that again and decides nothing.
+            let received = (report.timestamp, report.received());
+            (received, report.status, report.starts_at)
         }
         rank(self).cmp(&rank(other)).then_with(|| {
             // Most reports that come this far are one and the same: no
@@ -144,6 +141,12 @@ impl Alert {
 
     fn json(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("strings, times and maps with string keys always serialize")
+    }
+
+    /// When this report was received, or else when its alert ended or began: the
+    /// nearest that is known.
+    pub fn received(&self) -> Option<Time> {
+        self.timestamp.or(self.ends_at).or(self.starts_at)
     }
 
     /// When this alert ended, as far as it is known; of a resolved one.

@@ -88,6 +88,15 @@ impl AlertGroup {
         self.follow_alerts(at, true)
     }
 
+    /// Keeps the alerts that `stay`, as of a change at `at`. Says whether that changed
+    /// the group.
+    pub fn retain_alerts(&mut self, at: Time, mut stay: impl FnMut(&str, &Alert) -> bool) -> bool {
+        let before = self.alerts.len();
+        self.alerts
+            .retain(|fingerprint, alert| stay(fingerprint, alert));
+        self.alerts.len() < before && self.follow_alerts(at, true)
+    }
+
     /// Silences the group. Says whether that changed it: a change that was made
     /// after `at` stands.
     pub fn silence(&mut self, at: Time) -> bool {

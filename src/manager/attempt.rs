@@ -7,10 +7,11 @@ use tokio::time::Instant;
 
 use super::{
     ManagerSettings, Outcome,
-    change::{Change, Step},
+    change::{Applied, Change, Step},
 };
 use crate::{
-    group::{AlertGroup, GroupKey},
+    group::{AlertGroup, GroupKey, Time},
+    retention::{Left, Refused},
     store::{Answer, Backend, Deadline, ErrorKind, Expiry, Failure, GroupStore, StoreError, Swap},
 };
 
@@ -27,8 +28,12 @@ pub struct Done {
     pub before: Option<AlertGroup>,
     pub after: Option<AlertGroup>,
     /// What is left of its time to live, where it is known.
-    pub left: Option<Duration>,
+    pub time_left: Option<Duration>,
     pub backend: Backend,
+    /// Alerts that have left the group along with it.
+    pub left: Left,
+    /// Reports that were not stored, for want of room.
+    pub refused: Vec<Refused>,
 }
 
 /// Tries once, on what a lost race has just shown to be stored, or else on what
@@ -50,14 +55,22 @@ pub async fn attempt(
         Some(seen) => seen,
         None => load().await?,
     };
+    let before = stored.value.map(|group| *group);
+    let Applied {
+        step,
+        left,
+        refused,
+    } = change.apply(key, before.as_ref(), Time::now(), &settings.retention);
     let mut done = Done {
         outcome: Outcome::Unchanged,
-        before: stored.value.map(|group| *group),
+        before,
         after: None,
-        left: None,
+        time_left: None,
         backend: stored.backend,
+        left,
+        refused,
     };
-    match change.apply(key, done.before.as_ref()) {
+    match step {
         Step::Nothing => done.after.clone_from(&done.before),
         Step::Put(mut group) => {
             let before = done.before.as_ref();
@@ -72,7 +85,7 @@ pub async fn attempt(
                     group.metadata.version = Some(written.version);
                     done.outcome = Outcome::Stored;
                     done.after = Some(*group);
-                    done.left = written.expires.map(|expires| expires.left);
+                    done.time_left = written.expires.map(|expires| expires.left);
                 }
                 Swap::Lost { current } => {
                     return Ok(Attempt::Lost(answer.backend.answers(current)));

@@ -25,7 +25,10 @@ pub fn lanes(lanes: usize) -> Vec<Vec<&'static str>> {
     let mut parts = vec![Vec::new(); lanes];
     for line in FILE.lines() {
         let mut hasher = DefaultHasher::new();
-        parse(line).key(&GroupKeys::new()).hash(&mut hasher);
+        parse(line)
+            .key(&GroupKeys::new())
+            .unwrap()
+            .hash(&mut hasher);
         let part = hasher.finish() as usize % lanes;
         parts[part].push(line);
     }
@@ -88,7 +91,7 @@ fn expected() -> Expected {
         let webhook = parse(line);
         let group = expected.entry(webhook.key(&GroupKeys::new()).unwrap());
         let group = group.or_default();
-        for report in webhook.into_reports(Time::now()) {
+        for report in webhook.into_reports(Time::now()).0 {
             let report = Alert {
                 timestamp: None,
                 ..report
