@@ -12,6 +12,7 @@
 //! | [`affinity`] | the instances of a service as one store, each key at its own |
 //! | [`remote`] | one instance as a store: the gRPC client |
 //! | [`group_keys`] | which group an alert belongs to |
+//! | [`pauses`] | whether what was received is out of date, since the process was stopped |
 //! | [`webhook`] | what Alertmanager and others send, as reports for a group |
 //!
 //! Every change is made by compare-and-swap: load, apply, swap, and after a lost
@@ -26,6 +27,7 @@ mod hash;
 pub mod known;
 mod making;
 pub mod outbox;
+pub mod pauses;
 pub mod remote;
 pub mod settings;
 pub mod stats;
@@ -37,7 +39,7 @@ use std::{
     time::Duration,
 };
 
-use futures::StreamExt;
+use futures::{StreamExt, future, stream};
 use thiserror::Error;
 use tokio::time::Instant;
 
@@ -80,6 +82,9 @@ pub const DELIVERY_INTERVAL: Duration = Duration::from_secs(1);
 /// had before: while Redis is down it goes round at this pace, and not over
 /// thousands of groups each second.
 const MAX_IDLE_DELIVERIES: usize = 100;
+
+/// Calls of a restore at the same time, to see whether groups are gone.
+const MAX_LOADS_AT_ONCE: usize = 16;
 
 /// What a change has come to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -183,7 +188,10 @@ impl AlertGroupManager {
     pub fn new(store: Arc<dyn GroupStore>, settings: ManagerSettings) -> Self {
         Self(Arc::new(Shared {
             store,
-            known: Mutex::new(KnownGroups::new(settings.max_known_groups)),
+            known: Mutex::new(KnownGroups::new(
+                settings.max_known_groups,
+                settings.max_copy_age,
+            )),
             outbox: Mutex::new(Outbox::new(settings.max_outbox_reports)),
             settings,
             counts: Counters::default(),
@@ -334,26 +342,37 @@ impl AlertGroupManager {
 
     /// The groups that this replica knows, sorted by key: those that it has
     /// changed, read or restored. [`AlertGroupManager::restore`] brings what
-    /// others have done.
+    /// others have done; a group that the store has not shown for
+    /// [`max_copy_age`](ManagerSettings::max_copy_age) is left out.
     pub fn list(&self, filter: &Filter) -> Vec<AlertGroup> {
         self.known().list(filter, Time::now())
     }
 
     /// The groups that hold an alert. Looks among those that are known, and asks
-    /// the store whether they still do; restores first if none is known.
+    /// the store whether they still do; restores if none does, and looks again.
     pub async fn find_by_fingerprint(
         &self,
         fingerprint: &str,
     ) -> Result<Vec<AlertGroup>, ManagerError> {
-        let mut keys = self.known().keys_of(fingerprint);
-        if keys.is_empty() {
-            self.restore().await?;
-            keys = self.known().keys_of(fingerprint);
+        let holders = self.holders(fingerprint).await?;
+        if !holders.is_empty() {
+            return Ok(holders);
         }
+        self.restore().await?;
+        self.holders(fingerprint).await
+    }
+
+    async fn holders(&self, fingerprint: &str) -> Result<Vec<AlertGroup>, ManagerError> {
+        let keys = self.known().keys_of(fingerprint);
         let mut groups = Vec::new();
         for key in keys {
-            let found = self.get(&key).await?.map(|found| found.group);
-            groups.extend(found.filter(|group| group.alerts.contains_key(fingerprint)));
+            let Some(Found { group, source }) = self.get(&key).await? else {
+                continue;
+            };
+            let is_there = source != Source::Copy || self.known().is_confirmed(&key);
+            if is_there && group.alerts.contains_key(fingerprint) {
+                groups.push(group);
+            }
         }
         Ok(groups)
     }
@@ -413,9 +432,33 @@ impl AlertGroupManager {
             restored.complete |= batch.complete == Some(true);
         }
         if restored.complete && backend == Backend::Redis {
-            restored.forgotten = self.known().forget_unseen(mark);
+            restored.forgotten = self.forget_what_is_gone(mark, &restored.problems).await;
         }
         Ok(restored)
+    }
+
+    /// Forgets the copies of groups that the store does not have, of those that a
+    /// listing since `mark` did not show. One that was deleted and made anew meanwhile
+    /// may be missing there, so each is asked for; one that cannot be read is there.
+    async fn forget_what_is_gone(&self, mark: Mark, problems: &[Problem]) -> usize {
+        let unreadable: BTreeSet<&str> = problems.iter().map(|one| one.key.as_str()).collect();
+        let mut unseen = self.known().unseen_since(mark);
+        unseen.retain(|key| !unreadable.contains(key.as_str()));
+        let asked = stream::iter(unseen).map(async |key| {
+            let deadline = Deadline::at(Instant::now() + self.0.settings.call_timeout);
+            let asked = self.known().mark();
+            let answer = self.store_of(&key).load(&key, false, deadline).await;
+            match answer.map(|answer| (answer.value, answer.backend)) {
+                Ok((None, Backend::Redis)) => self.known().saw_none(&key, asked),
+                Ok((Some(stored), backend)) => {
+                    self.saw(&key, Some(&stored.group), asked, None, backend);
+                    false
+                }
+                Ok((None, Backend::Memory)) | Err(_) => false,
+            }
+        });
+        let gone = asked.buffer_unordered(MAX_LOADS_AT_ONCE);
+        gone.filter(|gone| future::ready(*gone)).count().await
     }
 
     /// What this manager has done and holds.
@@ -449,7 +492,9 @@ impl AlertGroupManager {
                 self.known().saw(group, asked, is_redis, ttl, forget_at);
             }
             // The memory of one instance does not know every group.
-            None if is_redis => self.known().saw_none(key, asked),
+            None if is_redis => {
+                self.known().saw_none(key, asked);
+            }
             None => {}
         }
     }

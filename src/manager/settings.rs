@@ -24,6 +24,11 @@ pub struct ManagerSettings {
     /// Groups of which a copy is kept; more are forgotten, the longest unused
     /// first, and loaded again when they are asked for. Default 100,000.
     pub max_known_groups: usize,
+    /// How long a copy is listed and found that the store has not shown again: so long
+    /// at most a group is still shown that others have deleted. Longer than
+    /// [`restore`](super::AlertGroupManager::restore) takes and than it is called.
+    /// Default 2 min.
+    pub max_copy_age: Duration,
     /// Reports and other changes that the outbox holds. Default 50,000.
     pub max_outbox_reports: usize,
 }
@@ -40,6 +45,7 @@ impl Default for ManagerSettings {
             call_timeout: Duration::from_secs(2),
             first_backoff: Duration::from_millis(2),
             max_known_groups: 100_000,
+            max_copy_age: Duration::from_secs(120),
             max_outbox_reports: 50_000,
         }
     }

@@ -77,6 +77,12 @@ impl Webhook {
         self.group_labels.keys().cloned().collect()
     }
 
+    /// How many alerts it has, those that cannot be read included.
+    #[expect(clippy::len_without_is_empty, reason = "nobody asks")]
+    pub fn len(&self) -> usize {
+        self.alerts.len()
+    }
+
     /// The group that its alerts belong to, or why that cannot be told.
     pub fn key(&self, keys: &GroupKeys) -> Result<GroupKey, &'static str> {
         if keys.are_alertmanagers() {
