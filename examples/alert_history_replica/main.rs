@@ -9,6 +9,7 @@
 //! | request | what it does |
 //! |---|---|
 //! | `POST /webhook` | adds the alerts of a webhook to their group; says what was stored and what refused |
+//! | `POST /api/v2/alerts` | the same for what Prometheus or vmalert posts to an Alertmanager |
 //! | `GET /groups?state=&min_alerts=&limit=&offset=&unconfirmed=` | groups that this replica knows, as JSON |
 //! | `GET /group?key=` | one group, from the service |
 //! | `GET /metrics` | what the manager has done and holds, for Prometheus |
@@ -19,7 +20,7 @@
 //! - **Answer 503 when a change was not made, or is in no safe place**:
 //!   Alertmanager sends the webhook again. Never log and forget. 400 is for what can
 //!   never be stored, and only if nothing of a webhook can.
-//! - **Say when a webhook was received**, before its body is read ([`Received`]): of two
+//! - **Say when a webhook was received**, before its body is read ([`intake::Received`]): of two
 //!   reports of an alert the later one counts. So replicas need NTP.
 //! - **One instance for each key** ([`Instances`]): name all instances, or a
 //!   headless Service. Under round robin a Redis outage makes changes lose races
@@ -31,66 +32,51 @@
 //! - **Run [`AlertGroupManager::deliver_forever`]**: it makes the changes again
 //!   that only the memory of an instance has.
 
+mod intake;
 mod metrics;
 mod options;
 
 use std::{
     io,
     process::ExitCode,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use axum::{
     Json, Router,
-    body::Bytes,
-    extract::{DefaultBodyLimit, FromRequestParts, Query, State},
-    http::{StatusCode, request::Parts},
+    extract::{DefaultBodyLimit, Query, State},
+    http::StatusCode,
     response::{IntoResponse, Response},
     routing::{get, post},
 };
 use clap::Parser;
 use groupstate::{
-    group::{AlertGroup, GroupKey, GroupState, Time},
+    group::{AlertGroup, GroupKey, GroupState},
     manager::{
-        AlertGroupManager, ManagerError,
+        AlertGroupManager,
         affinity::{Instances, ResolveError},
         group_keys::GroupKeys,
         known::Filter,
         pauses::{self, Moment, Pauses},
-        webhook::Webhook,
     },
-    retention::Refused,
 };
 use serde::Deserialize;
-use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use crate::options::Options;
+use crate::{intake::Answers, options::Options};
 
 /// What every request needs.
 #[derive(Clone)]
 struct Replica {
     manager: AlertGroupManager,
     keys: GroupKeys,
+    /// Labels by which alerts are grouped that come without a group.
+    group_by: Arc<[String]>,
     restored: Arc<tokio::sync::watch::Sender<bool>>,
     pauses: Arc<Mutex<Pauses>>,
     answers: Arc<Answers>,
 }
-
-/// Webhooks by what they were answered.
-#[derive(Default)]
-struct Answers {
-    stored: AtomicU64,
-    never: AtomicU64,
-    again: AtomicU64,
-}
-
-/// When a request came, before its body was read.
-struct Received(Time);
 
 /// Which groups to list.
 #[derive(Deserialize)]
@@ -148,6 +134,7 @@ async fn run(options: Options) -> Result<(), ReplicaError> {
     let replica = Replica {
         manager: AlertGroupManager::new(Arc::new(instances), settings),
         keys,
+        group_by: options.group_by.into(),
         restored: Arc::new(tokio::sync::watch::channel(false).0),
         pauses: Arc::new(Mutex::new(pauses)),
         answers: Arc::default(),
@@ -161,7 +148,8 @@ async fn run(options: Options) -> Result<(), ReplicaError> {
     );
 
     let router = Router::new()
-        .route("/webhook", post(webhook))
+        .route("/webhook", post(intake::webhook))
+        .route("/api/v2/alerts", post(intake::posted))
         .layer(DefaultBodyLimit::max(MAX_WEBHOOK_BYTES))
         .route("/groups", get(groups))
         .route("/group", get(group))
@@ -244,102 +232,6 @@ impl Replica {
             };
             tokio::time::sleep(pause).await;
         }
-    }
-}
-
-// === impl Received ===
-
-impl FromRequestParts<Replica> for Received {
-    type Rejection = Response;
-
-    async fn from_request_parts(_: &mut Parts, replica: &Replica) -> Result<Self, Response> {
-        let received = Time::now();
-        if replica.is_behind() {
-            let text = "this replica was stopped for a while and does not know when this was sent";
-            return Err(replica.answers.again(text.into()));
-        }
-        Ok(Self(received))
-    }
-}
-
-// === impl Answers ===
-
-impl Answers {
-    /// 200: what can be stored is.
-    fn stored(&self, stored: usize, refused: &[Refused]) -> Response {
-        self.stored.fetch_add(1, Ordering::Relaxed);
-        Json(json!({"stored": stored, "refused": named(refused)})).into_response()
-    }
-
-    /// 400: nothing can be stored, now or later.
-    fn never(&self, message: String, refused: &[Refused]) -> Response {
-        self.never.fetch_add(1, Ordering::Relaxed);
-        tracing::warn!(message, "a webhook can never be stored");
-        let body = json!({"stored": 0, "refused": named(refused), "message": message});
-        (StatusCode::BAD_REQUEST, Json(body)).into_response()
-    }
-
-    /// 503: it may be stored when it is sent again.
-    fn again(&self, message: String) -> Response {
-        self.again.fetch_add(1, Ordering::Relaxed);
-        tracing::warn!(message, "a webhook was not stored");
-        (StatusCode::SERVICE_UNAVAILABLE, message).into_response()
-    }
-}
-
-fn named(refused: &[Refused]) -> Vec<Value> {
-    let named = refused.iter().map(|refused| {
-        json!({
-            "fingerprint": refused.fingerprint,
-            "reason": refused.reason.as_str(),
-            "message": refused.message,
-        })
-    });
-    named.collect()
-}
-
-/// Adds the alerts of a webhook. Alertmanager sends it again if it is answered 503, and
-/// drops it if it is answered 400.
-async fn webhook(
-    State(replica): State<Replica>,
-    Received(received): Received,
-    body: Bytes,
-) -> Response {
-    let answers = &replica.answers;
-    let webhook: Webhook = match serde_json::from_slice(&body) {
-        Ok(webhook) => webhook,
-        Err(error) => return answers.never(format!("this is no webhook: {error}"), &[]),
-    };
-    if webhook.truncated_alerts > 0 {
-        let left_out = webhook.truncated_alerts;
-        tracing::warn!(
-            left_out,
-            "Alertmanager has left out alerts: raise max_alerts"
-        );
-    }
-    let alerts = webhook.len();
-    let keys = &replica.keys;
-    match replica.manager.receive(webhook, keys, received).await {
-        Ok(None) => answers.stored(0, &[]),
-        Ok(Some(changed)) if changed.safe => {
-            for refused in &changed.refused {
-                tracing::warn!(
-                    fingerprint = refused.fingerprint,
-                    reason = refused.reason.as_str(),
-                    message = refused.message,
-                    "an alert was refused"
-                );
-            }
-            answers.stored(alerts - changed.refused.len().min(alerts), &changed.refused)
-        }
-        Ok(Some(_)) => answers.again(
-            "stored in the memory of one groupstate instance only, and the outbox is full".into(),
-        ),
-        Err(error) => match &error {
-            ManagerError::AllRefused(refused) => answers.never(error.to_string(), refused),
-            ManagerError::Invalid(_) => answers.never(error.to_string(), &[]),
-            _ => answers.again(error.to_string()),
-        },
     }
 }
 

@@ -65,6 +65,15 @@ pub struct Options {
     #[arg(long, value_name = "RULE", value_enum, default_value = "labels")]
     pub group_keys: GroupKeyRule,
 
+    /// Labels by which to group what comes without a group, from Prometheus or vmalert.
+    #[arg(
+        long,
+        value_name = "NAMES",
+        value_delimiter = ',',
+        default_value = "alertname"
+    )]
+    pub group_by: Vec<String>,
+
     /// When Alertmanager gives up a notification: a replica that was stopped for longer
     /// answers 503 to what it had received before.
     #[arg(long, value_parser = humantime::parse_duration, default_value = "10s")]

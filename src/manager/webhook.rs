@@ -15,6 +15,9 @@
 //! | a time that is empty or Go's zero time | absent |
 //!
 //! An alert that cannot be read is refused alone.
+//!
+//! Prometheus and vmalert do not send webhooks: they post lists of alerts to an
+//! Alertmanager. [`Webhook::of_posted`] makes webhooks of such a list.
 
 use std::collections::BTreeMap;
 
@@ -75,6 +78,29 @@ impl Webhook {
     /// Names of the labels by which the group was formed.
     pub fn group_by(&self) -> Vec<String> {
         self.group_labels.keys().cloned().collect()
+    }
+
+    /// What Prometheus and vmalert post to `/api/v2/alerts`: a list of alerts, in groups
+    /// of those that have equal labels `group_by`.
+    pub fn of_posted(body: &[u8], group_by: &[String]) -> serde_json::Result<Vec<Self>> {
+        let alerts: Vec<Value> = serde_json::from_slice(body)?;
+        let mut groups: BTreeMap<BTreeMap<String, String>, Vec<Value>> = BTreeMap::new();
+        for alert in alerts {
+            // What cannot be read is named with those that have none of the labels.
+            let labels = read(&alert).map(|alert| alert.labels).unwrap_or_default();
+            let labels = labels.into_iter();
+            let labels =
+                labels.filter(|(name, value)| group_by.contains(name) && !value.is_empty());
+            groups.entry(labels.collect()).or_default().push(alert);
+        }
+        let webhooks = groups.into_iter().map(|(group_labels, alerts)| Self {
+            group_labels,
+            group_key: String::new(),
+            receiver: String::new(),
+            truncated_alerts: 0,
+            alerts,
+        });
+        Ok(webhooks.collect())
     }
 
     /// How many alerts it has, those that cannot be read included.

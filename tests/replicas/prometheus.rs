@@ -71,6 +71,23 @@ async fn ten_times_over() {
     }
 }
 
+/// It takes a replica for an Alertmanager.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prometheus_that_posts_to_a_replica_is_heard() {
+    let site = Site::start(1).await;
+    let watcher = Watcher::start(site.replicas[0].addr().parse().unwrap()).await;
+    for (is_full, counts) in [(true, (1, 0)), (false, (0, 1))] {
+        watcher.set_full(is_full).await;
+        wait_until("it is heard", SOON, async || {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let groups = site.groups().await;
+            let group = groups.first().map(|group| &group.metadata);
+            group.is_some_and(|group| (group.firing_count, group.resolved_count) == counts)
+        })
+        .await;
+    }
+}
+
 // === impl Scene ===
 
 impl Scene {

@@ -3,11 +3,14 @@
 
 use std::fmt::Write;
 
-use groupstate::group::{AlertGroup, AlertStatus};
+use groupstate::{
+    group::{AlertGroup, AlertStatus},
+    retention::RefusedReason,
+};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::site::Site;
+use crate::{common::http, replica::ANSWER_WITHIN, site::Site};
 
 const CASES: &str = include_str!("../data/webhooks.jsonl");
 
@@ -206,6 +209,24 @@ async fn every_sender_is_answered_as_the_readme_says() {
     );
 }
 
+/// Those of replicas are not among the ones that `tests/deploy` asks a service for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_has_every_metric_that_a_rule_uses() {
+    let site = Site::start(1).await;
+    let rules = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/prometheus/rules.yaml");
+    let rules = std::fs::read_to_string(rules).unwrap();
+    let rules = rules.lines().filter(|line| !line.trim().starts_with('#'));
+    let names: Vec<&str> = rules
+        .flat_map(|line| line.split(|c: char| !c.is_ascii_alphanumeric() && c != '_'))
+        .filter_map(|name| name.strip_prefix("alert_history_replica_"))
+        .collect();
+    assert_eq!(names, ["reports_refused_total"]);
+    for reason in RefusedReason::ALL {
+        let series = format!("{}{{reason=\"{}\"}}", names[0], reason.as_str());
+        assert_eq!(site.replicas[0].metric(&series).await, 0);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn two_routes_with_equal_labels_are_kept_apart_if_that_is_set() {
     let site = Site::start_with(1, &["--group-keys", "alertmanager"]).await;
@@ -247,4 +268,70 @@ async fn what_is_no_webhook_is_refused_for_good() {
     assert_eq!(nothing.unwrap().status, 200);
     assert_eq!(replica.metric(r#"webhooks_total{code="400"}"#).await, 5);
     assert_eq!(replica.metric(r#"webhooks_total{code="200"}"#).await, 1);
+}
+
+/// What vmalert and Prometheus post when a replica is the Alertmanager that they know.
+#[tokio::test(flavor = "multi_thread")]
+async fn alerts_that_are_posted_as_to_an_alertmanager_are_stored() {
+    let site = Site::start_with(1, &["--group-by", "alertname,cluster"]).await;
+    let replica = &site.replicas[0];
+    let post = async |alerts: Value| {
+        let body = alerts.to_string();
+        let sent = http::send(
+            replica.addr(),
+            "POST",
+            "/api/v2/alerts",
+            &body,
+            ANSWER_WITHIN,
+        );
+        sent.await.unwrap()
+    };
+    let alert = |cluster: &str, instance: &str, ends: &str| {
+        json!({
+            "labels": {"alertname": "DiskFull", "cluster": cluster, "instance": instance},
+            "annotations": {"summary": "made up"},
+            "startsAt": "2026-03-01T10:00:00Z",
+            "endsAt": ends,
+            "generatorURL": "http://vmalert.example/vmalert/alert",
+        })
+    };
+    let (later, before) = ("2999-01-01T00:00:00Z", "2026-03-01T10:20:00Z");
+    let reply = post(json!([
+        alert("x", "db-1", later),
+        alert("y", "db-1", later),
+        alert("x", "db-2", later),
+        {"labels": {"": "nameless"}},
+    ]))
+    .await;
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    let body: Value = serde_json::from_str(&reply.body).unwrap();
+    assert_eq!(
+        (&body["stored"], body["refused"].as_array().unwrap().len()),
+        (&json!(3), 1)
+    );
+    let reply = post(json!([alert("x", "db-1", before)])).await;
+    assert_eq!(reply.status, 200, "{}", reply.body);
+
+    let mut groups = site.groups().await;
+    groups.sort_by(|one, other| one.key.cmp(&other.key));
+    let counted: Vec<_> = groups
+        .iter()
+        .map(|group| {
+            (
+                group.key.as_str(),
+                group.metadata.firing_count,
+                group.metadata.resolved_count,
+            )
+        })
+        .collect();
+    assert_eq!(
+        counted,
+        [
+            ("alertname=DiskFull,cluster=x", 1, 1),
+            ("alertname=DiskFull,cluster=y", 1, 0)
+        ]
+    );
+    assert_eq!(post(json!([])).await.status, 200);
+    assert_eq!(post(json!([7])).await.status, 400);
+    assert_eq!(post(json!({})).await.status, 400);
 }

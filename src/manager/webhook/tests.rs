@@ -161,11 +161,46 @@ fn alertmanagers_own_groups_are_kept_apart_if_that_is_set() {
     assert_eq!(BTreeSet::from(different).len(), 3);
     let long = key("x", &"r".repeat(5_000));
     assert!(long.as_str().starts_with("{hash:"), "{long}");
-    // Before 0.5 it was a number.
+    // The oldest ones send a number.
     let old = parse(r#"{"receiver":"x","groupKey":17,"groupLabels":{},"alerts":[]}"#);
     assert_eq!(old.key(&keys).unwrap().as_str(), "receiver=x,groupKey=17");
     let none = parse(r#"{"groupLabels":{},"alerts":[]}"#);
     assert!(none.key(&keys).unwrap_err().contains("no groupKey"));
+}
+
+#[test]
+fn a_posted_list_is_grouped_by_the_labels_that_are_asked_for() {
+    let posted = br#"[
+        {"labels":{"alertname":"A","i":"1"},"endsAt":"9020-01-01T00:00:00Z"},
+        {"labels":{"alertname":"B","i":"1"},"endsAt":"2020-01-01T00:00:00Z"},
+        7,
+        {"labels":{"alertname":"A","i":"2"},"startsAt":"2026-03-01T10:00:00Z"},
+        {"labels":{"i":"3"}}
+    ]"#;
+    let webhooks = Webhook::of_posted(posted, &["alertname".into()]).unwrap();
+    let groups: Vec<_> = webhooks
+        .into_iter()
+        .map(|webhook| {
+            let key = key(&webhook).to_string();
+            let (reports, refused) = webhook.into_reports(Time::now());
+            let firing = |report: &&Alert| report.status == AlertStatus::Firing;
+            (
+                key,
+                reports.len(),
+                reports.iter().filter(firing).count(),
+                refused.len(),
+            )
+        })
+        .collect();
+    let expected = [
+        ("{global}", 1, 1, 1),
+        ("alertname=A", 2, 2, 0),
+        ("alertname=B", 1, 0, 0),
+    ];
+    let expected =
+        expected.map(|(key, all, firing, refused)| (key.to_owned(), all, firing, refused));
+    assert_eq!(groups, expected);
+    assert!(Webhook::of_posted(b"{}", &[]).is_err());
 }
 
 proptest! {
