@@ -26,6 +26,7 @@ use groupstate::{
         remote::RemoteSettings,
         webhook::Webhook,
     },
+    retention::Retention,
     store::{Deadline, GroupStore, StoreError},
 };
 use tokio::{sync::Barrier, task::JoinSet, time::Instant};
@@ -174,6 +175,12 @@ async fn replica(addr: &str) -> Result<AlertGroupManager, ReplayError> {
     })?;
     let settings = ManagerSettings {
         change_timeout: CHANGE_TIMEOUT,
+        // What was recorded is over for long, and none of it is to leave.
+        retention: Retention {
+            resolved_retention: Duration::MAX,
+            report_horizon: Duration::MAX,
+            ..Retention::default()
+        },
         ..ManagerSettings::default()
     };
     Ok(AlertGroupManager::new(Arc::new(instances), settings))
