@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | resolved | `resolved_retention` after its report | it is over |
 //! | firing | `report_horizon` after its last report | it may be over: after a silence, an inhibition or a mute interval Alertmanager does not say so |
-//! | resolved, and the group would exceed a limit | the longest-resolved first | it makes room for what fires |
+//! | resolved, and the group would exceed a limit | the longest-resolved first | it makes room for what fires, and a group that is large is slow to change |
 //!
 //! What does not fit even then is refused alone, and the rest is stored. First come
 //! the alerts that the group holds and that fire: a report about one of them always
@@ -49,6 +49,9 @@ pub struct Retention {
     /// Bytes that its document takes at most: `--max-document-bytes` of the service.
     /// Default 1 MiB.
     pub max_document_bytes: usize,
+    /// Bytes of it that resolved alerts take at most: each change of a group reads and
+    /// writes all of them. Default 256 KiB.
+    pub max_resolved_bytes: usize,
 }
 
 /// Alerts that have left a group.
@@ -97,6 +100,7 @@ impl Default for Retention {
             report_horizon: Duration::from_secs(24 * 3_600),
             max_alerts: 10_000,
             max_document_bytes: 1 << 20,
+            max_resolved_bytes: 256 << 10,
         }
     }
 }
@@ -229,12 +233,15 @@ impl Retention {
         let resolved = group.alerts.iter().filter(|(_, alert)| !firing(alert));
         let mut resolved: Vec<(&String, &Alert)> = resolved.collect();
         resolved.sort_by(|(_, one), (_, other)| other.report_order(one));
+        let mut for_resolved = self.max_resolved_bytes;
         for (fingerprint, alert) in resolved {
             let bytes = bytes_of(alert);
-            if room.has(bytes) {
+            let has_room = room.has(bytes);
+            if has_room && bytes <= for_resolved {
                 room.take(1, bytes);
+                for_resolved -= bytes;
                 staying.insert(fingerprint.clone(), bytes);
-            } else if held(fingerprint) {
+            } else if has_room || held(fingerprint) {
                 left.crowded_out += 1;
             } else {
                 is_refused(alert, bytes);
@@ -248,8 +255,16 @@ impl Retention {
     }
 
     fn fits(&self, group: &AlertGroup) -> bool {
-        let bytes: usize = group.alerts.values().map(bytes_of).sum();
-        group.alerts.len() <= self.max_alerts && bytes <= Room::of(self, group).bytes
+        let (mut firing, mut resolved) = (0, 0);
+        for alert in group.alerts.values() {
+            match alert.status {
+                AlertStatus::Firing => firing += bytes_of(alert),
+                AlertStatus::Resolved => resolved += bytes_of(alert),
+            }
+        }
+        group.alerts.len() <= self.max_alerts
+            && resolved <= self.max_resolved_bytes
+            && firing + resolved <= Room::of(self, group).bytes
     }
 
     /// Why an alert of so many bytes has no room, where a group has `whole` for all of

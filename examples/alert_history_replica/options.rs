@@ -60,6 +60,10 @@ pub struct Options {
     #[arg(long, value_name = "BYTES", default_value_t = Retention::default().max_document_bytes)]
     pub max_document_bytes: usize,
 
+    /// Bytes of it that resolved alerts take at most.
+    #[arg(long, value_name = "BYTES", default_value_t = Retention::default().max_resolved_bytes)]
+    pub max_resolved_bytes: usize,
+
     /// Which group an alert belongs to: by its group labels, as the Go service has
     /// it, or by Alertmanager's groupKey and receiver.
     #[arg(long, value_name = "RULE", value_enum, default_value = "labels")]
@@ -125,6 +129,7 @@ impl Options {
                 report_horizon: self.report_horizon,
                 max_alerts: self.max_alerts_per_group,
                 max_document_bytes: self.max_document_bytes,
+                max_resolved_bytes: self.max_resolved_bytes,
             },
             max_copy_age: self.max_copy_age,
             ..ManagerSettings::default()

@@ -209,6 +209,23 @@ fn an_alert_that_is_larger_than_a_group_does_not_keep_others_out() {
     );
 }
 
+/// What has just ended is known, and what ended before makes room for it, however much
+/// of the whole would be left.
+#[test]
+fn what_is_over_takes_a_part_of_the_group_at_most() {
+    let retention = Retention {
+        max_resolved_bytes: 500,
+        ..Retention::default()
+    };
+    let before = group([firing("a", 2), resolved("b", 3), resolved("c", 4)]);
+    let reports = [noted(resolved("giant", 6), 1_000), resolved("d", 5)];
+    let (after, left, refused) = added(&retention, &before, &reports);
+    assert_eq!(names(&after), ["a", "c", "d"]);
+    assert_eq!((left.crowded_out, refused), (2, Vec::new()));
+    let (after, _, _) = added(&retention, &before, &[noted(firing("giant", 6), 1_000)]);
+    assert_eq!(after.alerts.len(), 4, "what fires has all of it");
+}
+
 /// The measure of a document that stays small: 20 alerts that fire, and others that
 /// come and go.
 #[test]
@@ -259,9 +276,14 @@ proptest! {
         reports in any_reports(2..9),
         alerts in 1usize..9,
         bytes in 0usize..2_000,
+        resolved in 0usize..1_000,
     ) {
         let before = group(held);
-        let retention = Retention { max_alerts: alerts, ..of_bytes(bytes) };
+        let retention = Retention {
+            max_alerts: alerts,
+            max_resolved_bytes: resolved,
+            ..of_bytes(bytes)
+        };
         let mut whole = before.clone();
         whole.add_reports(&reports, at(9));
         let (after, left, refused) = added(&retention, &before, &reports);
@@ -301,8 +323,13 @@ proptest! {
         reports in any_reports(9..16),
         alerts in 1usize..9,
         bytes in 0usize..2_000,
+        resolved in 0usize..1_000,
     ) {
-        let retention = Retention { max_alerts: alerts, ..of_bytes(bytes) };
+        let retention = Retention {
+            max_alerts: alerts,
+            max_resolved_bytes: resolved,
+            ..of_bytes(bytes)
+        };
         let (once, _, _) = added(&retention, &group(held), &reports);
         let (twice, _, _) = added(&retention, &once, &reports);
         prop_assert_eq!(twice.alerts, once.alerts);

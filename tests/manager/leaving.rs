@@ -249,3 +249,32 @@ async fn the_outbox_refuses_alone_what_can_never_be_stored() {
     assert_eq!((stats.outbox.delivered, stats.outbox.dropped), (1, 0));
     assert!(refused_total(&manager, RefusedReason::Service) > 0);
 }
+
+/// The service reads what others have stored and would not take it again: it must not
+/// keep new alerts out.
+#[tokio::test]
+async fn a_group_with_faults_of_another_writer_can_be_changed() {
+    let (redis, service) = service().await;
+    let manager = replica(&[&service]).await;
+    let document = r#"{"key":"k","alerts":{
+        "f":{"fingerprint":"another","alert_name":"A","status":"firing","labels":{"":"x","a":"b"}},
+        "":{"fingerprint":"g","alert_name":"A","status":"firing","labels":null}},
+        "metadata":{"state":"firing","created_at":"2026-03-01T10:00:00Z","updated_at":"2026-03-01T10:00:00Z",
+        "firing_count":-7,"resolved_count":0,"group_by":null,
+        "group_wait_timer":{"version":1,"reset_count":-1}},"version":3}"#;
+    let () = redis::AsyncCommands::set(&mut redis.connect().await, "group:k", document)
+        .await
+        .unwrap();
+    let settings = settings(Retention {
+        report_horizon: Duration::MAX,
+        ..Retention::default()
+    });
+    let patient = replica_with(&[&service], settings).await;
+    add(&patient, "k", vec![firing("new")]).await;
+    let group = manager.get(&key("k")).await.unwrap().unwrap().group;
+    assert_eq!(alerts(&manager, "k").await, ["f", "g", "new"]);
+    assert_eq!(group.alerts["f"].fingerprint, "f");
+    assert_eq!(group.alerts["f"].labels.len(), 1);
+    assert_eq!(group.metadata.firing_count, 3);
+    assert_eq!(patient.stats().refused.total(), 0);
+}

@@ -224,7 +224,7 @@ scrape_configs:
     async fn set_full(&self, is_full: bool) {
         self.is_full.store(is_full, Ordering::Relaxed);
         wait_until("Prometheus has seen it", SOON, async || {
-            !self.prometheus.firing().await.is_empty() == is_full
+            self.prometheus.firing().await.is_empty() != is_full
         })
         .await;
     }
