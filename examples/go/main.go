@@ -1,6 +1,6 @@
 // What a replica does with groups, told as a story. Start the service, then:
 //
-//	go run ./demo localhost:50051
+//	go run . localhost:50051
 package main
 
 import (
@@ -15,16 +15,16 @@ import (
 
 	"google.golang.org/grpc"
 
-	grouping "github.com/groupstate/groupstate/examples/go"
+	groupstate "github.com/groupstate/groupstate/clients/go"
 )
 
-const key = grouping.GroupKey("alertname=DiskFull,cluster=go")
+const key = groupstate.GroupKey("alertname=DiskFull,cluster=go")
 
 // report is the change "this alert was reported", to be applied to any state of its
 // group. A lost race applies a report again over later ones: so the one that was
 // received last counts, not the one that is applied last.
-func report(alert *grouping.Alert) func(*grouping.AlertGroup) error {
-	return func(group *grouping.AlertGroup) error {
+func report(alert *groupstate.Alert) func(*groupstate.AlertGroup) error {
+	return func(group *groupstate.AlertGroup) error {
 		if known := group.Alerts[alert.Fingerprint]; known == nil || !isLater(known, alert) {
 			group.Alerts[alert.Fingerprint] = alert
 		}
@@ -57,7 +57,7 @@ func report(alert *grouping.Alert) func(*grouping.AlertGroup) error {
 //
 // StartsAt does not decide first: that of a running alert moves backwards when
 // Alertmanager hears of a second Prometheus that fired earlier.
-func isLater(a, b *grouping.Alert) bool {
+func isLater(a, b *groupstate.Alert) bool {
 	if (a.Timestamp == nil) != (b.Timestamp == nil) {
 		return b.Timestamp == nil
 	}
@@ -70,7 +70,7 @@ func isLater(a, b *grouping.Alert) bool {
 	return a.StartsAt.After(b.StartsAt)
 }
 
-func received(alert *grouping.Alert) time.Time {
+func received(alert *groupstate.Alert) time.Time {
 	switch {
 	case alert.Timestamp != nil:
 		return *alert.Timestamp
@@ -82,10 +82,10 @@ func received(alert *grouping.Alert) time.Time {
 }
 
 // alert is a report of an alert, received so many minutes ago.
-func alert(fingerprint string, status grouping.AlertStatus, minutesAgo time.Duration) *grouping.Alert {
+func alert(fingerprint string, status groupstate.AlertStatus, minutesAgo time.Duration) *groupstate.Alert {
 	now := time.Now()
 	timestamp := now.Add(-minutesAgo * time.Minute)
-	return &grouping.Alert{
+	return &groupstate.Alert{
 		Fingerprint: fingerprint,
 		AlertName:   "DiskFull",
 		Status:      status,
@@ -97,7 +97,7 @@ func alert(fingerprint string, status grouping.AlertStatus, minutesAgo time.Dura
 
 func main() {
 	ctx := context.Background()
-	storage, err := grouping.NewStorage(grouping.Config{
+	storage, err := groupstate.NewStorage(groupstate.Config{
 		Targets: os.Args[1:],
 		// Since grpc 1.34: grpc.WithTransportCredentials(insecure.NewCredentials()).
 		DialOptions: []grpc.DialOption{grpc.WithInsecure()},
@@ -125,7 +125,7 @@ func main() {
 	must(report(alert("disk-1", "resolved", 1))(theirs))
 	must(storage.Store(ctx, theirs))
 	must(report(alert("disk-2", "resolved", 1))(ours))
-	var mismatch *grouping.ErrVersionMismatch
+	var mismatch *groupstate.ErrVersionMismatch
 	if err := storage.Store(ctx, ours); !errors.As(err, &mismatch) {
 		log.Fatalf("should have lost the race: %v", err)
 	}
@@ -137,11 +137,8 @@ func main() {
 	fmt.Println("state:", group.Metadata.State, "with", group.Metadata.ResolvedCount, "resolved")
 
 	// After a restart: all groups, and what could not be read.
-	groups, err := storage.LoadAll(ctx)
-	var partial *grouping.PartialError
-	if err != nil && !errors.As(err, &partial) {
-		log.Fatal(err)
-	}
+	groups, partial, err := storage.Restore(ctx)
+	must(err)
 	for _, group := range groups {
 		if strings.HasSuffix(string(group.Key), ",cluster=go") {
 			fmt.Println("restored:", group.Key)
