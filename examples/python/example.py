@@ -2,14 +2,14 @@
 
     python examples/python/example.py localhost:50051
 
-It takes several `HOST:PORT`, too. `groupstate_client.py` is the client.
+It takes several `HOST:PORT`, too. The client is the package in `clients/python`.
 """
 
 import sys
 import threading
 import time
 
-from groupstate_client import Client, Failure, NotFound, pb
+from groupstate import Client, Failure, NotFound, pb
 
 KEY = "alertname=DiskFull,cluster=python"
 

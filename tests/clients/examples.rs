@@ -1,4 +1,4 @@
-//! The clients in `examples/python` and `clients/go`, against two instances of
+//! The clients in `clients/python` and `clients/go`, against two instances of
 //! the service and their Redis, which go down one after the other. What they must
 //! do is told in `python_example.py` and in `clients/go/groupstate_storage_test.go`.
 
@@ -12,7 +12,7 @@ use groupstate::grpc::DESCRIPTORS;
 use prost::Message;
 use prost_types::FileDescriptorSet;
 
-use crate::common::{examples::Examples, redis_server::RedisServer, service::Service, tool};
+use crate::common::{examples::Examples, redis_server::RedisServer, service::Service};
 
 /// Two instances with one Redis, in which the document of one group is none.
 struct Pair {
@@ -21,10 +21,13 @@ struct Pair {
 }
 
 #[tokio::test]
-async fn the_python_example_is_a_client_for_good_and_bad_days() {
+async fn the_python_client_is_one_for_good_and_bad_days() {
+    let examples = Examples::copy();
+    let install = ["-m", "pip", "install", "--quiet", "clients/python"];
+    run(examples.command("python", ".").args(install));
     let phase = |phase: &str, targets: &[&str]| {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/python_example.py");
-        let mut python = Command::new(tool("venv/bin/python"));
+        let mut python = examples.command("python", ".");
         let printed = run(python.arg(script).arg(phase).args(targets));
         assert!(printed.ends_with("ok\n"), "{printed}");
     };
