@@ -20,6 +20,8 @@ pub enum Attempt {
     Done(Box<Done>),
     /// Another change came first; this is stored now.
     Lost(Answer<Option<Box<AlertGroup>>>),
+    /// The store does not take what it was to store, and would not later.
+    NotTaken(StoreError),
 }
 
 /// A change that was made.
@@ -78,7 +80,13 @@ pub async fn attempt(
             let expiry = expiry_of(&group, settings.group_ttl);
             let answer = store
                 .compare_and_swap(&group, expected, expiry, deadline)
-                .await?;
+                .await;
+            let answer = match answer {
+                Err(failure) if failure.error.kind() == ErrorKind::Invalid => {
+                    return Ok(Attempt::NotTaken(failure.error));
+                }
+                answer => answer?,
+            };
             done.backend = answer.backend;
             match answer.value {
                 Swap::Swapped(written) => {

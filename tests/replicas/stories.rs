@@ -82,9 +82,8 @@ async fn a_replica_that_was_stopped_sends_back_what_it_had_received_before() {
     let firing = webhook("a", "firing");
     let late = stopped.receives(&firing);
     let meanwhile = async {
-        assert_eq!(other.receives(&firing).await, Some(200));
-        let resolved = webhook("a", "resolved");
-        assert_eq!(other.receives(&resolved).await, Some(200));
+        is_taken(other, &firing).await;
+        is_taken(other, &webhook("a", "resolved")).await;
         tokio::time::sleep(Duration::from_secs(4)).await;
         stopped.process().signal("CONT");
     };
@@ -92,12 +91,9 @@ async fn a_replica_that_was_stopped_sends_back_what_it_had_received_before() {
     assert_eq!(late, Some(503));
     let group = other.json(&format!("/group?key={KEY}")).await;
     assert_eq!(group["metadata"]["state"], "resolved");
-    assert_eq!(stopped.metric(r#"webhooks_total{code="503"}"#).await, 1);
+    assert!(stopped.metric(r#"webhooks_total{code="503"}"#).await >= 1);
     // A moment later it takes what it is sent.
-    wait_until("it takes webhooks again", SOON, async || {
-        stopped.receives(&webhook("b", "firing")).await == Some(200)
-    })
-    .await;
+    is_taken(stopped, &webhook("b", "firing")).await;
     assert_eq!(alerts(other, KEY).await, ["a", "b"]);
 }
 
@@ -122,6 +118,15 @@ async fn the_commands_of_the_readme_answer_what_it_shows() {
         .expect("bash is there: install bash, and curl");
     let output = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output, shown, "{commands}");
+}
+
+/// Sends a webhook until it is taken: on a busy machine a replica may be held up for so
+/// long that it takes itself for stopped.
+async fn is_taken(replica: &Replica, webhook: &str) {
+    wait_until("the webhook is taken", SOON, async || {
+        replica.receives(webhook).await == Some(200)
+    })
+    .await;
 }
 
 async fn alerts(replica: &Replica, key: &str) -> Vec<String> {
