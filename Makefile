@@ -29,10 +29,10 @@ chaos: tools ## Try many fault schedules; SEEDS=1..100 (or a count), POLICY=disc
 afterwards: tools ## Measure every rpc before and after each failure there is, and print tables
 	cargo test --locked --test afterwards table -- --ignored --nocapture
 
-replicas: tools ## Kill replicas, instances and Redis at random, and print a table; REPLICA_SEEDS=3 runs of each size
+replicas: tools ## Kill replicas, instances and Redis at random, let alerts come and go, and print tables; REPLICA_SEEDS=3 runs of each size
 	cargo build --locked --example alert_history_replica
 	REPLICA_SEEDS='$(REPLICA_SEEDS)' \
-		cargo test --locked --test replicas table -- --ignored --nocapture
+		cargo test --locked --test replicas -- --ignored --nocapture table ten_times_over a_hundred_thousand
 
 matrix: tools ## Run the contract suite and some chaos on every Redis that is supported, and print a table
 	tests/tools/install-redis.sh

@@ -32,16 +32,16 @@ async fn main() -> Result<(), Box<dyn Error>> {
 
     // Ten replicas, one group, the same moment: no alert is lost.
     let replicas = (0..10).map(async |n| {
-        let report = alert(&format!("disk-{n}"), AlertStatus::Firing, 1_000)?;
+        let report = alert(&format!("disk-{n}"), AlertStatus::Firing, 10)?;
         let changed = manager.add_alerts(&key, group_by.to_vec(), vec![report]);
         Ok::<_, Box<dyn Error>>(changed.await?.attempts)
     });
     try_join_all(replicas).await?;
 
-    // A later report of one of them, and an earlier one that is late.
+    // A later report of one of them, and an earlier one that is applied late.
     for report in [
-        alert("disk-1", AlertStatus::Resolved, 2_000)?,
-        alert("disk-1", AlertStatus::Firing, 1_500)?,
+        alert("disk-1", AlertStatus::Resolved, 1)?,
+        alert("disk-1", AlertStatus::Firing, 5)?,
     ] {
         manager
             .add_alerts(&key, group_by.to_vec(), vec![report])
@@ -82,7 +82,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn alert(fingerprint: &str, status: AlertStatus, began: i64) -> Result<Alert, TimeError> {
+/// A report of an alert, received so many minutes ago.
+fn alert(fingerprint: &str, status: AlertStatus, minutes_ago: i64) -> Result<Alert, TimeError> {
+    let now = Time::now().seconds();
     let labels = [
         ("alertname", "DiskFull"),
         ("cluster", "rust"),
@@ -95,7 +97,8 @@ fn alert(fingerprint: &str, status: AlertStatus, began: i64) -> Result<Alert, Ti
         labels: labels
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .into(),
-        starts_at: Some(Time::from_parts(began, 0)?),
+        starts_at: Some(Time::from_parts(now - 3_600, 0)?),
+        timestamp: Some(Time::from_parts(now - 60 * minutes_ago, 0)?),
         ..Alert::default()
     })
 }

@@ -26,6 +26,7 @@ use groupstate::{
         remote::RemoteSettings,
         webhook::Webhook,
     },
+    retention::Retention,
     store::{Deadline, GroupStore, StoreError},
 };
 use tokio::{sync::Barrier, task::JoinSet, time::Instant};
@@ -75,6 +76,12 @@ enum ReplayError {
         file: PathBuf,
         line: usize,
         error: serde_json::Error,
+    },
+    #[error("{}, line {line}: {message}", .file.display())]
+    Refused {
+        file: PathBuf,
+        line: usize,
+        message: String,
     },
     #[error("--addr {0}")]
     Resolve(#[from] ResolveError),
@@ -168,6 +175,12 @@ async fn replica(addr: &str) -> Result<AlertGroupManager, ReplayError> {
     })?;
     let settings = ManagerSettings {
         change_timeout: CHANGE_TIMEOUT,
+        // What was recorded is over for long, and none of it is to leave.
+        retention: Retention {
+            resolved_retention: Duration::MAX,
+            report_horizon: Duration::MAX,
+            ..Retention::default()
+        },
         ..ManagerSettings::default()
     };
     Ok(AlertGroupManager::new(Arc::new(instances), settings))
@@ -223,15 +236,26 @@ fn read(options: &Options) -> Result<Vec<Reports>, ReplayError> {
             line: index + 1,
             error,
         })?;
-        let Some(key) = webhook.key(&GroupKeys::new()) else {
-            continue;
-        };
+        let key = webhook
+            .key(&GroupKeys::new())
+            .expect("groups are by labels");
+        let group_by = webhook.group_by();
         let received = Time::from_parts(FIRST_RECEIVED + index as i64, 0);
-        webhooks.push(Reports {
-            key,
-            group_by: webhook.group_by(),
-            alerts: webhook.into_reports(received.expect("no file is so long")),
-        });
+        let (alerts, refused) = webhook.into_reports(received.expect("no file is so long"));
+        if let Some(refused) = refused.into_iter().next() {
+            return Err(ReplayError::Refused {
+                file: file.clone(),
+                line: index + 1,
+                message: refused.message,
+            });
+        }
+        if !alerts.is_empty() {
+            webhooks.push(Reports {
+                key,
+                group_by,
+                alerts,
+            });
+        }
     }
     Ok(webhooks)
 }

@@ -216,6 +216,10 @@ impl Time {
     const MIN_SECONDS: i64 = -62_135_596_800; // 0001-01-01T00:00:00Z
     const MAX_SECONDS: i64 = 253_402_300_799; // 9999-12-31T23:59:59Z
 
+    /// How Go writes the absence of a time.
+    pub const GO_ZERO: Self =
+        Self(DateTime::from_timestamp(Self::MIN_SECONDS, 0).expect("year 1 is a time of chrono"));
+
     /// From seconds since 1970 and nanoseconds of that second.
     pub fn from_parts(seconds: i64, nanos: u32) -> Result<Self, TimeError> {
         if !(Self::MIN_SECONDS..=Self::MAX_SECONDS).contains(&seconds) || nanos >= 1_000_000_000 {

@@ -19,6 +19,7 @@
 //! | [`waits`] | what waits for slow clients, and the bound on it |
 //! | [`grpc`] | the protobuf surface |
 //! | [`manager`] | the replica side, which calls a service of this crate or any store |
+//! | [`retention`] | how long alerts stay in a group, and how many there is room for |
 //! | [`store`] | the store contract, and the stores |
 //! | [`document`] | the JSON document of a group |
 //! | [`group`] | the domain |
@@ -40,6 +41,7 @@ pub mod group;
 pub mod grpc;
 pub mod manager;
 pub mod reload;
+pub mod retention;
 pub mod server;
 pub mod store;
 pub mod tasks;

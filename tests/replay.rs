@@ -152,12 +152,13 @@ async fn the_check_finds_an_alert_that_is_not_in_the_file() {
 }
 
 #[tokio::test]
-async fn a_late_or_repeated_report_does_not_undo_a_newer_one() {
+async fn the_report_that_was_received_last_counts_whenever_its_alert_began() {
     let service = Service::start(&[]);
     let reports = [
-        // An older firing of it is reported after its end.
-        report("ended", "resolved", 2),
-        report("ended", "firing", 1),
+        // A second Prometheus that fired earlier is heard later; then it is over.
+        report("goes back", "firing", 2),
+        report("goes back", "firing", 1),
+        report("goes back", "resolved", 1),
         // It ended and fires again.
         report("again", "firing", 1),
         report("again", "resolved", 1),
@@ -184,7 +185,7 @@ async fn a_late_or_repeated_report_does_not_undo_a_newer_one() {
         let summary = alert.annotations["summary"].as_str();
         (alert.status(), alert.starts_at.unwrap().seconds, summary)
     };
-    assert_eq!(alert("ended"), (Resolved, at_minute(2), "first"));
+    assert_eq!(alert("goes back"), (Resolved, at_minute(1), "first"));
     assert_eq!(alert("again"), (Firing, at_minute(2), "first"));
     assert_eq!(alert("twice"), (Firing, at_minute(1), "second"));
     let metadata = group.metadata.as_ref().unwrap();

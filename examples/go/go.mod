@@ -2,8 +2,9 @@ module github.com/groupstate/groupstate/examples/go
 
 go 1.19
 
+replace github.com/groupstate/groupstate/clients/go => ../../clients/go
+
 require (
-	google.golang.org/genproto/googleapis/rpc v0.0.0-20230711160842-782d3b101e98
+	github.com/groupstate/groupstate/clients/go v0.0.0
 	google.golang.org/grpc v1.58.3
-	google.golang.org/protobuf v1.31.0
 )

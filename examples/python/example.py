@@ -2,36 +2,48 @@
 
     python examples/python/example.py localhost:50051
 
-It takes several `HOST:PORT`, too. `groupstate_client.py` is the client.
+It takes several `HOST:PORT`, too. The client is the package in `clients/python`.
 """
 
 import sys
 import threading
+import time
 
-from groupstate_client import Client, Failure, NotFound, pb
+from groupstate import Client, Failure, NotFound, pb
 
 KEY = "alertname=DiskFull,cluster=python"
 
 
-def alert(fingerprint, status, starts_at):
+def alert(fingerprint, status, minutes_ago):
+    """A report of an alert, received so many minutes ago."""
+    now = int(time.time())
     return pb.Alert(
         fingerprint=fingerprint,
         alert_name="DiskFull",
         status=status,
         labels={"alertname": "DiskFull", "cluster": "python", "disk": fingerprint},
-        starts_at={"seconds": starts_at},
+        starts_at={"seconds": now - 3_600},
+        timestamp={"seconds": now - 60 * minutes_ago},
     )
 
 
 def report(alert):
     """The change "this alert was reported", to be applied to any state of its group.
 
-    Reports come in any order, and a lost race applies one again over later ones: so
-    the later report of an alert counts, not the one that is applied last."""
+    A lost race applies a report again over later ones: so the one that was received
+    last counts, not the one that is applied last. When an alert began does not count
+    first: the start of a running one moves backwards when Alertmanager hears of a
+    second Prometheus that fired earlier."""
 
     def order(alert):
-        times = [(t.seconds, t.nanos) for t in (alert.starts_at, alert.timestamp)]
-        return times, alert.status  # of two at the same time, resolved over firing
+        def moment(name):
+            time = getattr(alert, name)
+            return (time.seconds, time.nanos) if alert.HasField(name) else ()
+
+        received = moment("timestamp")
+        happened = () if received else moment("ends_at") or moment("starts_at")
+        # Of two at the same time, resolved over firing.
+        return received, happened, alert.status, moment("starts_at")
 
     def apply(group):
         known = group.alerts.get(alert.fingerprint)
@@ -58,7 +70,7 @@ def main(targets):
         replicas = [
             threading.Thread(
                 target=client.change,
-                args=(KEY, report(alert(f"disk-{n}", pb.ALERT_STATUS_FIRING, 1_000))),
+                args=(KEY, report(alert(f"disk-{n}", pb.ALERT_STATUS_FIRING, 10))),
             )
             for n in range(10)
         ]
@@ -69,9 +81,9 @@ def main(targets):
         loaded = client.load(KEY)
         print("alerts:", len(loaded.group.alerts))
 
-        # A later report of one of them, and an earlier one that is late.
-        client.change(KEY, report(alert("disk-1", pb.ALERT_STATUS_RESOLVED, 2_000)))
-        client.change(KEY, report(alert("disk-1", pb.ALERT_STATUS_FIRING, 1_500)))
+        # A later report of one of them, and an earlier one that is applied late.
+        client.change(KEY, report(alert("disk-1", pb.ALERT_STATUS_RESOLVED, 1)))
+        client.change(KEY, report(alert("disk-1", pb.ALERT_STATUS_FIRING, 5)))
         metadata = client.load(KEY).group.metadata
         print("firing:", metadata.firing_count, "resolved:", metadata.resolved_count)
         print("state:", pb.GroupState.Name(metadata.state))

@@ -108,33 +108,45 @@ impl Alert {
     ///
     /// By, in this order:
     ///
-    /// 1. `starts_at`: an alert that began to fire again has a later start than
-    ///    whatever was said of its earlier life, even if that is heard later;
-    /// 2. `timestamp`: of the same life, the report that was received last;
-    /// 3. `status`: at the same moment, resolved over firing, since an alert is
-    ///    resolved after it fires and never the other way round in one life;
+    /// 1. `timestamp`: the report that was received last. One without comes before
+    ///    all that have one; of two without, the later `ends_at`, or `starts_at`
+    ///    where there is none, counts;
+    /// 2. `status`: at the same moment, resolved over firing;
+    /// 3. `starts_at`: the later start;
     /// 4. the bytes of its JSON: without meaning, but the same everywhere.
+    ///
+    /// The start does not decide first, since that of a running alert moves
+    /// backwards: Alertmanager does so when it hears late of a second Prometheus
+    /// that fired earlier. An order by start would ignore every report from then
+    /// on, "resolved" included. Alertmanager's own merge goes by receipt, too.
     ///
     /// An absent time is before any other. The order is total, and two reports
     /// are equal in it only if they are equal.
     pub fn report_order(&self, other: &Self) -> Ordering {
-        self.starts_at
-            .cmp(&other.starts_at)
-            .then_with(|| self.timestamp.cmp(&other.timestamp))
-            .then_with(|| self.status.cmp(&other.status))
-            .then_with(|| {
-                // Most reports that come this far are one and the same: no
-                // need to write them as JSON.
-                if self == other {
-                    Ordering::Equal
-                } else {
-                    self.json().cmp(&other.json())
-                }
-            })
+        fn rank(report: &Alert) -> impl Ord {
+            // With a `timestamp`, its second part is that again and decides nothing.
+            let received = (report.timestamp, report.received());
+            (received, report.status, report.starts_at)
+        }
+        rank(self).cmp(&rank(other)).then_with(|| {
+            // Most reports that come this far are one and the same: no
+            // need to write them as JSON.
+            if self == other {
+                Ordering::Equal
+            } else {
+                self.json().cmp(&other.json())
+            }
+        })
     }
 
     fn json(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("strings, times and maps with string keys always serialize")
+    }
+
+    /// When this report was received, or else when its alert ended or began: the
+    /// nearest that is known.
+    pub fn received(&self) -> Option<Time> {
+        self.timestamp.or(self.ends_at).or(self.starts_at)
     }
 
     /// When this alert ended, as far as it is known; of a resolved one.

@@ -88,6 +88,15 @@ impl AlertGroup {
         self.follow_alerts(at, true)
     }
 
+    /// Keeps the alerts that `stay`, as of a change at `at`. Says whether that changed
+    /// the group.
+    pub fn retain_alerts(&mut self, at: Time, mut stay: impl FnMut(&str, &Alert) -> bool) -> bool {
+        let before = self.alerts.len();
+        self.alerts
+            .retain(|fingerprint, alert| stay(fingerprint, alert));
+        self.alerts.len() < before && self.follow_alerts(at, true)
+    }
+
     /// Silences the group. Says whether that changed it: a change that was made
     /// after `at` stands.
     pub fn silence(&mut self, at: Time) -> bool {
@@ -247,6 +256,20 @@ mod tests {
         assert_eq!(group.alerts, before.alerts);
         assert!(!group.add_reports(&[firing("a", 10, 11)], at(40)));
         assert!(!group.add_reports(&[firing("a", 10, 15)], at(40)));
+        assert!(!group.add_reports(&[firing("a", 18, 19)], at(40)));
+    }
+
+    /// A second Prometheus that fired earlier is heard later.
+    #[test]
+    fn a_start_that_moves_backwards_is_followed_until_the_alert_is_over() {
+        let mut group = group();
+        group.add_reports(&[firing("a", 13, 13)], at(13));
+        assert!(group.add_reports(&[firing("a", 10, 20)], at(20)));
+        assert_eq!(group.alerts["a"].starts_at, Some(at(10)));
+        assert_eq!(group.metadata.first_firing_at, Some(at(10)));
+        assert!(group.add_reports(&[resolved("a", 10, 40)], at(40)));
+        assert_eq!(group.metadata.state, GroupState::Resolved);
+        assert_eq!(group.metadata.firing_count, 0);
     }
 
     #[test]

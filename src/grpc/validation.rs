@@ -297,9 +297,11 @@ impl Limits {
     }
 }
 
-/// A group as a service has sent it, with its version and write id. A fault in
-/// it is described.
-pub fn stored_group(group: pb::AlertGroup) -> Result<AlertGroup, String> {
+/// A group as a service has sent it, with its version and write id. What other
+/// writers may store and the service would not take again is put right, so that the
+/// group can be changed; a fault beyond that is described.
+pub fn stored_group(mut group: pb::AlertGroup) -> Result<AlertGroup, String> {
+    mend(&mut group);
     let metadata = group.metadata.as_ref();
     let version = metadata.and_then(|metadata| Version::new(metadata.version));
     let write_id = metadata.map(|metadata| metadata.write_id.clone());
@@ -309,6 +311,34 @@ pub fn stored_group(group: pb::AlertGroup) -> Result<AlertGroup, String> {
     group.metadata.version = version;
     group.metadata.write_id = write_id.unwrap_or_default();
     Ok(group)
+}
+
+/// An alert is who it is by its key in the map; a label without a name says nothing; a
+/// count is counted anew with the next change.
+fn mend(group: &mut pb::AlertGroup) {
+    if let Some(alert) = group.alerts.remove("")
+        && !alert.fingerprint.is_empty()
+    {
+        let key = alert.fingerprint.clone();
+        group.alerts.entry(key).or_insert(alert);
+    }
+    for (key, alert) in &mut group.alerts {
+        alert.fingerprint.clone_from(key);
+        alert.labels.remove("");
+    }
+    let Some(metadata) = &mut group.metadata else {
+        return;
+    };
+    metadata.firing_count = metadata.firing_count.max(0);
+    metadata.resolved_count = metadata.resolved_count.max(0);
+    let timers = [
+        &mut metadata.group_wait_timer,
+        &mut metadata.group_interval_timer,
+        &mut metadata.repeat_interval_timer,
+    ];
+    for timer in timers.into_iter().flatten() {
+        timer.reset_count = timer.reset_count.max(0);
+    }
 }
 
 /// A time as a service has sent it.

@@ -7,10 +7,11 @@ use tokio::time::Instant;
 
 use super::{
     ManagerSettings, Outcome,
-    change::{Change, Step},
+    change::{Applied, Change, Step},
 };
 use crate::{
-    group::{AlertGroup, GroupKey},
+    group::{AlertGroup, GroupKey, Time},
+    retention::{Left, Refused},
     store::{Answer, Backend, Deadline, ErrorKind, Expiry, Failure, GroupStore, StoreError, Swap},
 };
 
@@ -19,6 +20,8 @@ pub enum Attempt {
     Done(Box<Done>),
     /// Another change came first; this is stored now.
     Lost(Answer<Option<Box<AlertGroup>>>),
+    /// The store does not take what it was to store, and would not later.
+    NotTaken(StoreError),
 }
 
 /// A change that was made.
@@ -27,8 +30,12 @@ pub struct Done {
     pub before: Option<AlertGroup>,
     pub after: Option<AlertGroup>,
     /// What is left of its time to live, where it is known.
-    pub left: Option<Duration>,
+    pub time_left: Option<Duration>,
     pub backend: Backend,
+    /// Alerts that have left the group along with it.
+    pub left: Left,
+    /// Reports that were not stored, for want of room.
+    pub refused: Vec<Refused>,
 }
 
 /// Tries once, on what a lost race has just shown to be stored, or else on what
@@ -50,14 +57,22 @@ pub async fn attempt(
         Some(seen) => seen,
         None => load().await?,
     };
+    let before = stored.value.map(|group| *group);
+    let Applied {
+        step,
+        left,
+        refused,
+    } = change.apply(key, before.as_ref(), Time::now(), &settings.retention);
     let mut done = Done {
         outcome: Outcome::Unchanged,
-        before: stored.value.map(|group| *group),
+        before,
         after: None,
-        left: None,
+        time_left: None,
         backend: stored.backend,
+        left,
+        refused,
     };
-    match change.apply(key, done.before.as_ref()) {
+    match step {
         Step::Nothing => done.after.clone_from(&done.before),
         Step::Put(mut group) => {
             let before = done.before.as_ref();
@@ -65,14 +80,20 @@ pub async fn attempt(
             let expiry = expiry_of(&group, settings.group_ttl);
             let answer = store
                 .compare_and_swap(&group, expected, expiry, deadline)
-                .await?;
+                .await;
+            let answer = match answer {
+                Err(failure) if failure.error.kind() == ErrorKind::Invalid => {
+                    return Ok(Attempt::NotTaken(failure.error));
+                }
+                answer => answer?,
+            };
             done.backend = answer.backend;
             match answer.value {
                 Swap::Swapped(written) => {
                     group.metadata.version = Some(written.version);
                     done.outcome = Outcome::Stored;
                     done.after = Some(*group);
-                    done.left = written.expires.map(|expires| expires.left);
+                    done.time_left = written.expires.map(|expires| expires.left);
                 }
                 Swap::Lost { current } => {
                     return Ok(Attempt::Lost(answer.backend.answers(current)));

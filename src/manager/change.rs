@@ -10,6 +10,7 @@ use std::cmp::Ordering;
 
 use crate::{
     group::{Alert, AlertGroup, GroupKey, Time},
+    retention::{Left, Refused, Retention},
     version::Version,
 };
 
@@ -38,6 +39,16 @@ pub enum Change {
     Expire { before: Time },
 }
 
+/// What a change makes of a group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Applied {
+    pub step: Step,
+    /// Alerts that leave the group along with it.
+    pub left: Left,
+    /// Reports that are not stored, for want of room.
+    pub refused: Vec<Refused>,
+}
+
 /// What has to be done to make a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -52,47 +63,61 @@ pub enum Step {
 // === impl Change ===
 
 impl Change {
-    /// What this change does to what is `stored` at `key`.
-    pub fn apply(&self, key: &GroupKey, stored: Option<&AlertGroup>) -> Step {
-        let Some(stored) = stored else {
-            return match self {
-                Self::Add {
-                    group_by,
-                    reports,
-                    at,
-                } => {
-                    let mut group = AlertGroup::empty(key.clone(), group_by.clone(), *at);
-                    group.add_reports(reports, *at);
-                    Step::Put(Box::new(group))
-                }
-                // There is nothing to take away from.
-                _ => Step::Nothing,
-            };
+    /// What this change does to what is `stored` at `key`, if it is applied `now`.
+    pub fn apply(
+        &self,
+        key: &GroupKey,
+        stored: Option<&AlertGroup>,
+        now: Time,
+        retention: &Retention,
+    ) -> Applied {
+        let mut applied = Applied {
+            step: Step::Nothing,
+            left: Left::default(),
+            refused: Vec::new(),
         };
-        let mut group = stored.clone();
-        let changed = match self {
-            Self::Add { reports, at, .. } => group.add_reports(reports, *at),
-            Self::Remove {
-                fingerprint,
-                last,
-                at,
-            } => group.remove_report(fingerprint, last.as_ref(), *at),
-            Self::Silence { at } => group.silence(*at),
-            Self::LiftSilence { at } => group.lift_silence(*at),
+        let mut group = match (self, stored) {
+            (_, Some(stored)) => stored.clone(),
+            (Self::Add { group_by, at, .. }, None) => {
+                AlertGroup::empty(key.clone(), group_by.clone(), *at)
+            }
+            // There is nothing to take away from.
+            (_, None) => return applied,
+        };
+        let version = stored.and_then(|stored| stored.metadata.version);
+        let (at, reports): (Time, &[Alert]) = match self {
+            Self::Add { reports, at, .. } => (*at, reports),
+            Self::Remove { at, .. } | Self::Silence { at } | Self::LiftSilence { at } => (*at, &[]),
             Self::Expire { before } => {
-                return match stored.metadata.version {
-                    Some(version) if stored.metadata.updated_at < Some(*before) => {
-                        Step::Delete(version)
-                    }
-                    _ => Step::Nothing,
-                };
+                if let Some(version) = version
+                    && group.metadata.updated_at < Some(*before)
+                {
+                    applied.step = Step::Delete(version);
+                }
+                return applied;
             }
         };
-        match (changed, stored.metadata.version) {
-            (false, _) => Step::Nothing,
-            (true, Some(version)) if group.alerts.is_empty() => Step::Delete(version),
-            (true, _) => Step::Put(Box::new(group)),
+        let changed = match self {
+            Self::Remove {
+                fingerprint, last, ..
+            } => group.remove_report(fingerprint, last.as_ref(), at),
+            Self::Silence { .. } => group.silence(at),
+            Self::LiftSilence { .. } => group.lift_silence(at),
+            Self::Add { .. } | Self::Expire { .. } => group.add_reports(reports, at),
+        };
+        if !changed {
+            return applied;
         }
+        applied.left = retention.age(&mut group, stored, at, now);
+        applied.refused = retention.fit(&mut group, stored, reports, at, &mut applied.left);
+        applied.step = match (group.alerts.is_empty(), stored, version) {
+            (true, Some(_), Some(version)) => Step::Delete(version),
+            (true, None, _) => Step::Nothing,
+            // All that was added has left again at once.
+            (_, Some(stored), _) if is_same(stored, &group) => Step::Nothing,
+            _ => Step::Put(Box::new(group)),
+        };
+        applied
     }
 
     /// The change to make again later: of a removal, one that spares what is
@@ -152,6 +177,13 @@ impl Change {
     }
 }
 
+/// Whether two states of a group say the same, whenever it was said.
+fn is_same(one: &AlertGroup, other: &AlertGroup) -> bool {
+    let mut metadata = other.metadata.clone();
+    metadata.updated_at = one.metadata.updated_at;
+    one.metadata == metadata && one.alerts == other.alerts
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -196,9 +228,16 @@ mod tests {
         }
     }
 
+    /// What a change does in the tenth second.
+    fn step(change: &Change, group: Option<&AlertGroup>) -> Step {
+        change
+            .apply(&key(), group, at(10), &Retention::default())
+            .step
+    }
+
     /// Applies a change as a store would.
     fn stored(change: &Change, group: Option<AlertGroup>) -> Option<AlertGroup> {
-        match change.apply(&key(), group.as_ref()) {
+        match step(change, group.as_ref()) {
             Step::Nothing => group,
             Step::Put(mut group) => {
                 group.metadata.version = Version::new(16);
@@ -213,8 +252,8 @@ mod tests {
         let group = stored(&add(&["a", "b"], 2), None);
         let group = stored(&remove("a", 3), group).unwrap();
         assert_eq!(group.alerts.keys().collect::<Vec<_>>(), ["b"]);
-        let step = remove("b", 4).apply(&key(), Some(&group));
-        assert_eq!(step, Step::Delete(Version::new(16).unwrap()));
+        let last = step(&remove("b", 4), Some(&group));
+        assert_eq!(last, Step::Delete(Version::new(16).unwrap()));
     }
 
     #[test]
@@ -234,7 +273,7 @@ mod tests {
             Change::LiftSilence { at: at(3) },
             Change::Expire { before: at(3) },
         ] {
-            assert_eq!(change.apply(&key(), None), Step::Nothing);
+            assert_eq!(step(&change, None), Step::Nothing);
         }
     }
 
@@ -243,21 +282,48 @@ mod tests {
         let group = stored(&add(&["a", "b"], 2), None);
         let again = remove("a", 3).again(group.as_ref());
         let group = stored(&add(&["a"], 5), group);
-        assert_eq!(again.apply(&key(), group.as_ref()), Step::Nothing);
-        assert_ne!(remove("a", 3).apply(&key(), group.as_ref()), Step::Nothing);
+        assert_eq!(step(&again, group.as_ref()), Step::Nothing);
+        assert_ne!(step(&remove("a", 3), group.as_ref()), Step::Nothing);
     }
 
     #[test]
     fn only_a_group_that_was_not_updated_expires() {
         let group = stored(&add(&["a"], 5), None);
-        let expire = |second| Change::Expire { before: at(second) }.apply(&key(), group.as_ref());
+        let expire = |second| step(&Change::Expire { before: at(second) }, group.as_ref());
         assert_eq!(expire(5), Step::Nothing);
         assert!(matches!(expire(6), Step::Delete(_)));
     }
 
+    #[test]
+    fn a_report_that_is_over_for_long_takes_its_alert_along_and_makes_no_group() {
+        let hours = |hours: i64| at(2 + 3_600 * hours);
+        let over = Change::Add {
+            group_by: Vec::new(),
+            reports: vec![Alert {
+                status: AlertStatus::Resolved,
+                ..firing("a", 3)
+            }],
+            at: at(3),
+        };
+        let late =
+            |group: Option<&AlertGroup>| over.apply(&key(), group, hours(2), &Retention::default());
+        assert_eq!(late(None).step, Step::Nothing);
+        let group = stored(&add(&["a"], 2), None);
+        assert!(matches!(late(group.as_ref()).step, Step::Delete(_)));
+        let group = stored(&add(&["b"], 2), None);
+        assert_eq!(late(group.as_ref()).step, Step::Nothing);
+        let group = stored(&add(&["a", "b"], 2), None);
+        let applied = late(group.as_ref());
+        assert_eq!(applied.left.resolved, 1);
+        let Step::Put(group) = applied.step else {
+            panic!("{applied:?}");
+        };
+        assert_eq!(group.alerts.keys().collect::<Vec<_>>(), ["b"]);
+    }
+
     fn any_change() -> impl Strategy<Value = Change> {
         prop_oneof![
-            4 => (prop::collection::vec("[abc]", 1..4), 1i64..9).prop_map(|(names, received)| {
+            4 => (prop::collection::vec("[abc]", 1..4), 2i64..9).prop_map(|(names, received)| {
                 add(&names.iter().map(String::as_str).collect::<Vec<_>>(), received)
             }),
             1 => ("[abc]", 1i64..9).prop_map(|(name, second)| remove(&name, second)),
@@ -274,7 +340,7 @@ mod tests {
         ) {
             let group = before.iter().fold(None, |group, change| stored(change, group));
             let once = stored(&change, group);
-            prop_assert_eq!(change.apply(&key(), once.as_ref()), Step::Nothing);
+            prop_assert_eq!(step(&change, once.as_ref()), Step::Nothing);
         }
 
         /// What was absorbed does what both did.

@@ -13,6 +13,10 @@
 //! `, = { } [ ] < >` is query-escaped as a whole (a space becomes `+`). One that
 //! happens to be `<missing>` stands as it is, as in Go: it cannot be told from
 //! an absent label.
+//!
+//! Two routes of one Alertmanager that group by the same labels meet in one group so.
+//! [`GroupKeys::of_alertmanager`] keeps them apart: the key is then
+//! `receiver=RECEIVER,groupKey=GROUPKEY`, with Alertmanager's own name of its group.
 
 use std::{collections::BTreeMap, fmt::Write};
 
@@ -25,6 +29,8 @@ pub struct GroupKeys {
     hash_longer_than: Option<usize>,
     /// The server's `--max-key-bytes`: a key over it is always replaced.
     max_key_bytes: usize,
+    /// Alertmanager's groups, in place of groups by labels.
+    of_alertmanager: bool,
 }
 
 /// Groups by all labels, where it is the only grouping label.
@@ -46,6 +52,17 @@ impl GroupKeys {
         Self {
             hash_longer_than: None,
             max_key_bytes: 4_096,
+            of_alertmanager: false,
+        }
+    }
+
+    /// Takes the groups and receivers of Alertmanager in place of groups by labels, for
+    /// sites that route alerts of the same group labels to two receivers. Go replicas
+    /// do not know such groups.
+    pub fn of_alertmanager(self) -> Self {
+        Self {
+            of_alertmanager: true,
+            ..self
         }
     }
 
@@ -72,7 +89,24 @@ impl GroupKeys {
         labels: &BTreeMap<String, String>,
         group_by: &[L],
     ) -> GroupKey {
-        let key = readable_key(labels, group_by);
+        self.within_limits(readable_key(labels, group_by))
+    }
+
+    /// Whether the groups are Alertmanager's own.
+    pub(super) fn are_alertmanagers(&self) -> bool {
+        self.of_alertmanager
+    }
+
+    /// The key of a group of Alertmanager.
+    pub(super) fn alertmanagers_key(&self, receiver: &str, group_key: &str) -> GroupKey {
+        let mut key = String::from("receiver=");
+        push_value(&mut key, receiver);
+        key.push_str(",groupKey=");
+        key.push_str(group_key);
+        self.within_limits(key)
+    }
+
+    fn within_limits(&self, key: String) -> GroupKey {
         let limit = self.hash_longer_than.unwrap_or(usize::MAX);
         let key = if key.len() > limit.min(self.max_key_bytes) {
             hashed(&key)

@@ -1,13 +1,35 @@
 //! The hashes that clients in other languages have to make alike. Too small for
 //! a library, and fixed for ever.
 
-/// 64-bit FNV-1a.
-pub fn fnv_1a(bytes: &[u8]) -> u64 {
+/// 64-bit FNV-1a, of what is written one after the other.
+pub struct Fnv1a(u64);
+
+// === impl Fnv1a ===
+
+impl Fnv1a {
     const OFFSET_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
     const PRIME: u64 = 0x0100_0000_01b3;
-    bytes.iter().fold(OFFSET_BASIS, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(PRIME)
-    })
+
+    pub fn new() -> Self {
+        Self(Self::OFFSET_BASIS)
+    }
+
+    pub fn write(&mut self, bytes: &[u8]) {
+        self.0 = bytes.iter().fold(self.0, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(Self::PRIME)
+        });
+    }
+
+    pub fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+/// 64-bit FNV-1a.
+pub fn fnv_1a(bytes: &[u8]) -> u64 {
+    let mut hash = Fnv1a::new();
+    hash.write(bytes);
+    hash.finish()
 }
 
 /// The finalizer of MurmurHash3: every bit of the result depends on every bit

@@ -13,20 +13,27 @@ use crate::group::{AlertGroup, GroupKey, GroupState, Time};
 #[derive(Debug)]
 pub struct KnownGroups {
     groups: LruCache<GroupKey, Copy>,
-    /// The last of what was seen.
-    seen: Mark,
+    /// The number of the last of what was seen.
+    seen: u64,
+    /// How long a copy is shown that the store has not shown again.
+    max_copy_age: Duration,
     /// Copies that were forgotten to make room.
     crowded_out: u64,
 }
 
-/// A moment, by the number of what was seen until then.
-#[derive(Clone, core::marker::Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Mark(u64);
+/// A moment, by the clock and by the number of what was seen until then.
+#[derive(Clone, core::marker::Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    seen: u64,
+    at: Instant,
+}
 
 #[derive(Debug)]
 struct Copy {
     group: AlertGroup,
-    seen: Mark,
+    seen: u64,
+    /// When the store was asked that has shown it last.
+    asked_at: Instant,
     /// The store has no more than this.
     forget_at: Instant,
 }
@@ -44,6 +51,10 @@ pub struct Filter {
     pub offset: usize,
     /// No more groups than this.
     pub limit: Option<usize>,
+    /// Also groups that the store has not shown for
+    /// [`max_copy_age`](super::ManagerSettings::max_copy_age), which may be gone by now:
+    /// to look at while the service does not answer.
+    pub unconfirmed: bool,
 }
 
 /// The known groups, counted.
@@ -63,12 +74,14 @@ pub struct KnownStats {
 // === impl KnownGroups ===
 
 impl KnownGroups {
-    /// Keeps at most `max_groups`, and at least one.
-    pub fn new(max_groups: usize) -> Self {
+    /// Keeps at most `max_groups`, and at least one. Shows none that the store has not
+    /// shown for `max_copy_age`.
+    pub fn new(max_groups: usize, max_copy_age: Duration) -> Self {
         let max_groups = NonZeroUsize::new(max_groups).unwrap_or(NonZeroUsize::MIN);
         Self {
             groups: LruCache::new(max_groups),
-            seen: Mark::default(),
+            seen: 0,
+            max_copy_age,
             crowded_out: 0,
         }
     }
@@ -91,7 +104,8 @@ impl KnownGroups {
         let key = group.key.clone();
         let before = self.groups.peek(&key);
         let is_older = |before: &Copy| before.group.metadata.version > group.metadata.version;
-        if before.is_some_and(|before| is_older(before) && !(is_last_word && before.seen <= asked))
+        if before
+            .is_some_and(|before| is_older(before) && !(is_last_word && before.seen <= asked.seen))
         {
             // An answer that was overtaken, or one of a memory that lags behind.
             return;
@@ -99,10 +113,11 @@ impl KnownGroups {
         let forget_at = expires_at
             .or_else(|| before.map(|before| before.forget_at))
             .unwrap_or(or_else);
-        self.seen = Mark(self.seen.0 + 1);
+        self.seen += 1;
         let copy = Copy {
             group,
             seen: self.seen,
+            asked_at: asked.at,
             forget_at,
         };
         let out = self.groups.push(key.clone(), copy);
@@ -125,32 +140,45 @@ impl KnownGroups {
     }
 
     /// The store has no such group, as it said when it was asked at `asked`. What was
-    /// seen since stays.
-    pub fn saw_none(&mut self, key: &GroupKey, asked: Mark) {
-        if self.groups.peek(key).is_some_and(|copy| copy.seen <= asked) {
-            self.groups.pop(key);
-        }
+    /// seen since stays. Says whether a copy was forgotten.
+    pub fn saw_none(&mut self, key: &GroupKey, asked: Mark) -> bool {
+        let copy = self.groups.peek(key);
+        let is_gone = copy.is_some_and(|copy| copy.seen <= asked.seen);
+        is_gone && self.groups.pop(key).is_some()
     }
 
     /// Now, by what was seen: to be drawn before the store is asked.
     pub fn mark(&self) -> Mark {
-        self.seen
+        Mark {
+            seen: self.seen,
+            at: Instant::now(),
+        }
     }
 
-    /// Forgets the groups of which nothing was seen since `mark`. Says how many.
-    pub fn forget_unseen(&mut self, mark: Mark) -> usize {
-        let unseen = self.groups.iter().filter(|(_, copy)| copy.seen <= mark);
-        let unseen: Vec<_> = unseen.map(|(key, _)| key.clone()).collect();
-        for key in &unseen {
-            self.groups.pop(key);
-        }
-        unseen.len()
+    /// The groups of which nothing was seen since `mark`.
+    pub fn unseen_since(&self, mark: Mark) -> Vec<GroupKey> {
+        let unseen = self
+            .groups
+            .iter()
+            .filter(|(_, copy)| copy.seen <= mark.seen);
+        unseen.map(|(key, _)| key.clone()).collect()
+    }
+
+    /// Whether the store has shown a group lately enough for its copy to be shown.
+    pub fn is_confirmed(&self, key: &GroupKey) -> bool {
+        let now = Instant::now();
+        let copy = self.groups.peek(key);
+        copy.is_some_and(|copy| self.is_fresh(copy, now))
+    }
+
+    fn is_fresh(&self, copy: &Copy, now: Instant) -> bool {
+        now.saturating_duration_since(copy.asked_at) <= self.max_copy_age
     }
 
     /// Copies of the groups that pass a filter, sorted by key.
     pub fn list(&self, filter: &Filter, now: Time) -> Vec<AlertGroup> {
         let mut groups: Vec<_> = self
-            .alive()
+            .alive(filter.unconfirmed)
             .filter(|group| filter.passes(group, now))
             .collect();
         groups.sort_unstable_by(|one, other| one.key.cmp(&other.key));
@@ -159,9 +187,9 @@ impl KnownGroups {
         page.cloned().collect()
     }
 
-    /// The groups that hold an alert.
+    /// The groups that hold an alert, or did when they were seen last.
     pub fn keys_of(&self, fingerprint: &str) -> Vec<GroupKey> {
-        self.alive()
+        self.alive(true)
             .filter(|group| group.alerts.contains_key(fingerprint))
             .map(|group| group.key.clone())
             .collect()
@@ -169,7 +197,7 @@ impl KnownGroups {
 
     /// The groups that nobody has updated since.
     pub fn keys_not_updated_since(&self, moment: Time) -> Vec<GroupKey> {
-        self.alive()
+        self.alive(true)
             .filter(|group| group.metadata.updated_at < Some(moment))
             .map(|group| group.key.clone())
             .collect()
@@ -180,7 +208,7 @@ impl KnownGroups {
             crowded_out: self.crowded_out,
             ..KnownStats::default()
         };
-        for group in self.alive() {
+        for group in self.alive(false) {
             stats.groups += 1;
             *match group.metadata.state {
                 GroupState::Firing => &mut stats.firing_groups,
@@ -195,10 +223,12 @@ impl KnownGroups {
         stats
     }
 
-    fn alive(&self) -> impl Iterator<Item = &AlertGroup> {
+    fn alive(&self, unconfirmed: bool) -> impl Iterator<Item = &AlertGroup> {
         let now = Instant::now();
         let alive = self.groups.iter();
-        let alive = alive.filter(move |(_, copy)| copy.forget_at > now);
+        let alive = alive.filter(move |(_, copy)| {
+            copy.forget_at > now && (unconfirmed || self.is_fresh(copy, now))
+        });
         alive.map(|(_, copy)| &copy.group)
     }
 }
@@ -242,9 +272,12 @@ mod tests {
         GroupKey::new("k").unwrap()
     }
 
+    const MINUTE: Duration = Duration::from_secs(60);
+
     fn known(version: i64) -> KnownGroups {
-        let mut known = KnownGroups::new(10);
-        saw(&mut known, version, Mark::default(), true);
+        let mut known = KnownGroups::new(10, MINUTE);
+        let asked = known.mark();
+        saw(&mut known, version, asked, true);
         known
     }
 
@@ -264,7 +297,7 @@ mod tests {
         let asked = known.mark();
         saw(&mut known, 16, asked, true);
         assert_eq!(version(&mut known), Some(16));
-        assert_eq!(known.forget_unseen(asked), 0, "the store has it");
+        assert_eq!(known.unseen_since(asked), [], "the store has it");
     }
 
     #[test]
@@ -273,11 +306,13 @@ mod tests {
         let asked = known.mark();
         saw(&mut known, 32, asked, true);
         saw(&mut known, 16, asked, true);
-        known.saw_none(&key(), asked);
+        assert!(!known.saw_none(&key(), asked));
         assert_eq!(version(&mut known), Some(32));
-        assert_eq!(known.forget_unseen(asked), 0);
+        assert_eq!(known.unseen_since(asked), []);
         let asked = known.mark();
-        known.saw_none(&key(), asked);
+        assert_eq!(known.unseen_since(asked), [key()]);
+        assert!(known.saw_none(&key(), asked));
+        assert!(!known.saw_none(&key(), asked));
         assert_eq!(version(&mut known), None);
     }
 
@@ -289,5 +324,29 @@ mod tests {
         assert_eq!(version(&mut known), Some(32));
         saw(&mut known, 40, asked, false);
         assert_eq!(version(&mut known), Some(40));
+    }
+    #[tokio::test(start_paused = true)]
+    async fn what_the_store_has_not_shown_for_a_while_is_not_shown() {
+        let mut known = known(16);
+        let all = Filter {
+            unconfirmed: true,
+            ..Filter::default()
+        };
+        let shown = |known: &KnownGroups| {
+            let of = |filter: &Filter| known.list(filter, Time::now()).len();
+            (of(&Filter::default()), known.stats().groups, of(&all))
+        };
+        tokio::time::advance(MINUTE).await;
+        assert_eq!(shown(&known), (1, 1, 1));
+        assert!(known.is_confirmed(&key()));
+        // It counts when the store was asked, and not when its answer came.
+        let asked = known.mark();
+        tokio::time::advance(MINUTE / 2).await;
+        assert_eq!(shown(&known), (0, 0, 1));
+        saw(&mut known, 16, asked, false);
+        assert_eq!(shown(&known), (1, 1, 1));
+        tokio::time::advance(MINUTE / 2 + Duration::from_millis(1)).await;
+        assert_eq!(shown(&known), (0, 0, 1));
+        assert!(!known.is_confirmed(&key()));
     }
 }

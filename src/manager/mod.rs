@@ -5,13 +5,15 @@
 //! |---|---|
 //! | here | [`AlertGroupManager`]: the groups, as a replica works with them |
 //! | [`change`] | the changes of a group, pure |
-//! | `attempt` | one attempt to make a change |
+//! | `making`, `attempt` | how a change is made, and one attempt at it |
+//! | [`settings`], [`stats`] | how a manager goes about its work, and what it has done |
 //! | [`known`] | the copies that a replica has of groups |
 //! | [`outbox`] | changes that only memory has, to be made again |
 //! | [`affinity`] | the instances of a service as one store, each key at its own |
 //! | [`remote`] | one instance as a store: the gRPC client |
 //! | [`group_keys`] | which group an alert belongs to |
-//! | [`webhook`] | what Alertmanager sends, as reports for a group |
+//! | [`pauses`] | whether what was received is out of date, since the process was stopped |
+//! | [`webhook`] | what Alertmanager and others send, as reports for a group |
 //!
 //! Every change is made by compare-and-swap: load, apply, swap, and after a lost
 //! race apply again to what the winner has stored. Two replicas that add two
@@ -23,32 +25,40 @@ pub mod change;
 pub mod group_keys;
 mod hash;
 pub mod known;
+mod making;
 pub mod outbox;
+pub mod pauses;
 pub mod remote;
+pub mod settings;
+pub mod stats;
 pub mod webhook;
 
 use std::{
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    collections::BTreeSet,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use futures::StreamExt;
+use futures::{StreamExt, future, stream};
 use thiserror::Error;
 use tokio::time::Instant;
 
 use self::{
-    attempt::{Attempt, Done, attempt, is_worth_another},
+    attempt::is_worth_another,
     change::Change,
-    known::{Filter, KnownGroups, KnownStats, Mark},
-    outbox::{Outbox, OutboxCounts},
+    group_keys::GroupKeys,
+    known::{Filter, KnownGroups, Mark},
+    outbox::Outbox,
+    stats::{Counters, add},
+    webhook::Webhook,
 };
 use crate::{
     group::{Alert, AlertGroup, GroupKey, Time},
-    store::{Backend, Deadline, ErrorKind, Failure, GroupStore, Problem, StoreError},
+    retention::{Refused, RefusedReason},
+    store::{Backend, Deadline, Failure, GroupStore, Problem, StoreError},
 };
+
+pub use {settings::ManagerSettings, stats::ManagerStats};
 
 /// The alert groups of a replica, over any store. Cheap to clone.
 #[derive(Clone)]
@@ -62,28 +72,6 @@ struct Shared {
     counts: Counters,
 }
 
-/// How a manager goes about its work.
-#[derive(Clone, Debug)]
-pub struct ManagerSettings {
-    /// How long a group lives after its last change that left an alert firing.
-    /// A change that leaves none firing keeps what is left. Default 24 h.
-    pub group_ttl: Duration,
-    /// Attempts to make a change, the first included. Default 50.
-    pub max_attempts: u32,
-    /// What a change gets, all attempts together. Default 10 s.
-    pub change_timeout: Duration,
-    /// What one call gets. Default 2 s.
-    pub call_timeout: Duration,
-    /// The longest pause before the second attempt; doubled with each, up to
-    /// [`LONGEST_BACKOFF`]. The pause is drawn from zero to that. Default 2 ms.
-    pub first_backoff: Duration,
-    /// Groups of which a copy is kept; more are forgotten, the longest unused
-    /// first, and loaded again when they are asked for. Default 100,000.
-    pub max_known_groups: usize,
-    /// Reports and other changes that the outbox holds. Default 50,000.
-    pub max_outbox_reports: usize,
-}
-
 /// The longest pause between two attempts.
 pub const LONGEST_BACKOFF: Duration = Duration::from_millis(500);
 
@@ -94,6 +82,9 @@ pub const DELIVERY_INTERVAL: Duration = Duration::from_secs(1);
 /// had before: while Redis is down it goes round at this pace, and not over
 /// thousands of groups each second.
 const MAX_IDLE_DELIVERIES: usize = 100;
+
+/// Calls of a restore at the same time, to see whether groups are gone.
+const MAX_LOADS_AT_ONCE: usize = 16;
 
 /// What a change has come to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,6 +99,9 @@ pub struct Changed {
     /// Whether the change would survive the instance that answered: Redis has
     /// it, or the outbox does. False when the outbox is full.
     pub safe: bool,
+    /// Reports that were not stored, each with its reason. Another attempt would not
+    /// help; the others are stored.
+    pub refused: Vec<Refused>,
 }
 
 /// How a change ended.
@@ -161,34 +155,18 @@ pub struct Restored {
     pub forgotten: usize,
 }
 
-/// What a manager has done and holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ManagerStats {
-    /// Changes that were made, those that found nothing to do included.
-    pub changes: u64,
-    /// Of these, the ones that found nothing to do.
-    pub unchanged: u64,
-    /// Changes that failed: their callers were told.
-    pub failed: u64,
-    /// Attempts, over all changes.
-    pub attempts: u64,
-    /// Attempts that the change took which took the most, failed or not.
-    pub most_attempts: u64,
-    /// Attempts that lost a race.
-    pub conflicts: u64,
-    /// Attempts that got no answer, or one that did not say what happened.
-    pub retried_failures: u64,
-    pub known: KnownStats,
-    pub outbox: OutboxCounts,
-}
-
 /// Why a change was not made, or a group not read. The caller still has it in
 /// hand: a receiver of webhooks answers 5xx, and is sent them again.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ManagerError {
     #[error("{0}")]
     Invalid(&'static str),
-    /// Another attempt would not help.
+    /// None of the reports can be stored, now or later: the receiver of a webhook
+    /// answers 4xx, since a repetition would not help.
+    #[error("none of {} reports can be stored, the first since: {}", .0.len(), .0.first().map_or("", |refused| &refused.message))]
+    AllRefused(Vec<Refused>),
+    /// Another attempt would not help, before somebody has looked after the service
+    /// or what is stored there.
     #[error("group {key:?}: {error}")]
     Refused { key: GroupKey, error: StoreError },
     /// Too many attempts, or no time left.
@@ -203,33 +181,6 @@ pub enum ManagerError {
     Restore(StoreError),
 }
 
-#[derive(Debug, Default)]
-struct Counters {
-    changes: AtomicU64,
-    unchanged: AtomicU64,
-    failed: AtomicU64,
-    attempts: AtomicU64,
-    most_attempts: AtomicU64,
-    conflicts: AtomicU64,
-    retried_failures: AtomicU64,
-}
-
-// === impl ManagerSettings ===
-
-impl Default for ManagerSettings {
-    fn default() -> Self {
-        Self {
-            group_ttl: Duration::from_secs(24 * 3_600),
-            max_attempts: 50,
-            change_timeout: Duration::from_secs(10),
-            call_timeout: Duration::from_secs(2),
-            first_backoff: Duration::from_millis(2),
-            max_known_groups: 100_000,
-            max_outbox_reports: 50_000,
-        }
-    }
-}
-
 // === impl AlertGroupManager ===
 
 impl AlertGroupManager {
@@ -237,16 +188,39 @@ impl AlertGroupManager {
     pub fn new(store: Arc<dyn GroupStore>, settings: ManagerSettings) -> Self {
         Self(Arc::new(Shared {
             store,
-            known: Mutex::new(KnownGroups::new(settings.max_known_groups)),
+            known: Mutex::new(KnownGroups::new(
+                settings.max_known_groups,
+                settings.max_copy_age,
+            )),
             outbox: Mutex::new(Outbox::new(settings.max_outbox_reports)),
             settings,
             counts: Counters::default(),
         }))
     }
 
+    /// Adds the alerts of a webhook that came at `received` to their group: see
+    /// [`AlertGroupManager::add_alerts`]. None if it has no alert.
+    pub async fn receive(
+        &self,
+        webhook: Webhook,
+        keys: &GroupKeys,
+        received: Time,
+    ) -> Result<Option<Changed>, ManagerError> {
+        let key = webhook.key(keys).map_err(ManagerError::Invalid)?;
+        let group_by = webhook.group_by();
+        let (reports, refused) = webhook.into_reports(received);
+        if reports.is_empty() && refused.is_empty() {
+            return Ok(None);
+        }
+        self.add(&key, group_by, reports, refused).await.map(Some)
+    }
+
     /// Adds reports of alerts to their group, all in one swap; creates the group
     /// if there is none, formed by the labels `group_by`. Of two reports of one
-    /// alert the greater in [`Alert::report_order`] stays.
+    /// alert the greater in [`Alert::report_order`] stays; one without a `timestamp`,
+    /// or with one ahead of this replica's clock, is received now.
+    ///
+    /// A report that can never be stored is refused alone, see [`Changed::refused`].
     pub async fn add_alerts(
         &self,
         key: &GroupKey,
@@ -256,16 +230,53 @@ impl AlertGroupManager {
         if reports.is_empty() {
             return Err(ManagerError::Invalid("there is no alert to add"));
         }
-        if reports.iter().any(|report| report.fingerprint.is_empty()) {
-            return Err(ManagerError::Invalid("an alert has no fingerprint"));
-        }
+        self.add(key, group_by, reports, Vec::new()).await
+    }
+
+    /// `refused` are reports that were refused before.
+    async fn add(
+        &self,
+        key: &GroupKey,
+        group_by: Vec<String>,
+        reports: Vec<Alert>,
+        mut refused: Vec<Refused>,
+    ) -> Result<Changed, ManagerError> {
         let at = Time::now();
+        let mut sound = Vec::with_capacity(reports.len());
+        for mut report in reports {
+            if let Some(fault) = fault_of(&report) {
+                refused.push(Refused {
+                    fingerprint: report.fingerprint,
+                    reason: RefusedReason::Malformed,
+                    message: fault.into(),
+                });
+                continue;
+            }
+            if report.timestamp > Some(at) {
+                add(&self.0.counts.set_back, 1);
+            }
+            report.timestamp = Some(report.timestamp.map_or(at, |received| received.min(at)));
+            sound.push(report);
+        }
+        self.0.counts.refused(&refused);
+        if sound.is_empty() {
+            return Err(ManagerError::AllRefused(refused));
+        }
+        let fingerprints = sound.iter().map(|report| report.fingerprint.clone());
+        let fingerprints: BTreeSet<String> = fingerprints.collect();
+        let malformed = refused.len();
         let change = Change::Add {
             group_by,
-            reports,
+            reports: sound,
             at,
         };
-        self.change(key, change).await
+        let changed = self.change(key, change, refused).await?;
+        let refused = changed.refused[malformed..].iter();
+        let refused: BTreeSet<String> = refused.map(|one| one.fingerprint.clone()).collect();
+        if refused == fingerprints {
+            return Err(ManagerError::AllRefused(changed.refused));
+        }
+        Ok(changed)
     }
 
     /// Removes an alert. The last one takes the group with it.
@@ -279,7 +290,7 @@ impl AlertGroupManager {
             last: None,
             at: Time::now(),
         };
-        self.change(key, change).await
+        self.change(key, change, Vec::new()).await
     }
 
     /// Silences a group or lifts its silence. Nothing happens to a group that is
@@ -294,7 +305,7 @@ impl AlertGroupManager {
             StateChange::Silence => Change::Silence { at },
             StateChange::LiftSilence => Change::LiftSilence { at },
         };
-        self.change(key, change).await
+        self.change(key, change, Vec::new()).await
     }
 
     /// Reads a group. When the store does not answer, or its memory does not
@@ -331,26 +342,37 @@ impl AlertGroupManager {
 
     /// The groups that this replica knows, sorted by key: those that it has
     /// changed, read or restored. [`AlertGroupManager::restore`] brings what
-    /// others have done.
+    /// others have done; a group that the store has not shown for
+    /// [`max_copy_age`](ManagerSettings::max_copy_age) is left out.
     pub fn list(&self, filter: &Filter) -> Vec<AlertGroup> {
         self.known().list(filter, Time::now())
     }
 
     /// The groups that hold an alert. Looks among those that are known, and asks
-    /// the store whether they still do; restores first if none is known.
+    /// the store whether they still do; restores if none does, and looks again.
     pub async fn find_by_fingerprint(
         &self,
         fingerprint: &str,
     ) -> Result<Vec<AlertGroup>, ManagerError> {
-        let mut keys = self.known().keys_of(fingerprint);
-        if keys.is_empty() {
-            self.restore().await?;
-            keys = self.known().keys_of(fingerprint);
+        let holders = self.holders(fingerprint).await?;
+        if !holders.is_empty() {
+            return Ok(holders);
         }
+        self.restore().await?;
+        self.holders(fingerprint).await
+    }
+
+    async fn holders(&self, fingerprint: &str) -> Result<Vec<AlertGroup>, ManagerError> {
+        let keys = self.known().keys_of(fingerprint);
         let mut groups = Vec::new();
         for key in keys {
-            let found = self.get(&key).await?.map(|found| found.group);
-            groups.extend(found.filter(|group| group.alerts.contains_key(fingerprint)));
+            let Some(Found { group, source }) = self.get(&key).await? else {
+                continue;
+            };
+            let is_there = source != Source::Copy || self.known().is_confirmed(&key);
+            if is_there && group.alerts.contains_key(fingerprint) {
+                groups.push(group);
+            }
         }
         Ok(groups)
     }
@@ -368,7 +390,9 @@ impl AlertGroupManager {
         let stale = self.known().keys_not_updated_since(before);
         let mut deleted = 0;
         for key in stale {
-            let changed = self.change(&key, Change::Expire { before }).await?;
+            let changed = self
+                .change(&key, Change::Expire { before }, Vec::new())
+                .await?;
             deleted += usize::from(changed.outcome == Outcome::Deleted);
         }
         Ok(deleted)
@@ -408,171 +432,39 @@ impl AlertGroupManager {
             restored.complete |= batch.complete == Some(true);
         }
         if restored.complete && backend == Backend::Redis {
-            restored.forgotten = self.known().forget_unseen(mark);
+            restored.forgotten = self.forget_what_is_gone(mark, &restored.problems).await;
         }
         Ok(restored)
     }
 
+    /// Forgets the copies of groups that the store does not have, of those that a
+    /// listing since `mark` did not show. One that was deleted and made anew meanwhile
+    /// may be missing there, so each is asked for; one that cannot be read is there.
+    async fn forget_what_is_gone(&self, mark: Mark, problems: &[Problem]) -> usize {
+        let unreadable: BTreeSet<&str> = problems.iter().map(|one| one.key.as_str()).collect();
+        let mut unseen = self.known().unseen_since(mark);
+        unseen.retain(|key| !unreadable.contains(key.as_str()));
+        let asked = stream::iter(unseen).map(async |key| {
+            let deadline = Deadline::at(Instant::now() + self.0.settings.call_timeout);
+            let asked = self.known().mark();
+            let answer = self.store_of(&key).load(&key, false, deadline).await;
+            match answer.map(|answer| (answer.value, answer.backend)) {
+                Ok((None, Backend::Redis)) => self.known().saw_none(&key, asked),
+                Ok((Some(stored), backend)) => {
+                    self.saw(&key, Some(&stored.group), asked, None, backend);
+                    false
+                }
+                Ok((None, Backend::Memory)) | Err(_) => false,
+            }
+        });
+        let gone = asked.buffer_unordered(MAX_LOADS_AT_ONCE);
+        gone.filter(|gone| future::ready(*gone)).count().await
+    }
+
     /// What this manager has done and holds.
     pub fn stats(&self) -> ManagerStats {
-        let counts = &self.0.counts;
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        ManagerStats {
-            changes: read(&counts.changes),
-            unchanged: read(&counts.unchanged),
-            failed: read(&counts.failed),
-            attempts: read(&counts.attempts),
-            most_attempts: read(&counts.most_attempts),
-            conflicts: read(&counts.conflicts),
-            retried_failures: read(&counts.retried_failures),
-            known: self.known().stats(),
-            outbox: self.outbox().counts(),
-        }
-    }
-
-    /// Makes the changes of the outbox again, until Redis has them or memory
-    /// says too often that it is still in charge. Says how many reports wait.
-    ///
-    /// A change whose instance is gone is made at another one on the way.
-    pub async fn deliver(&self) -> usize {
-        let mut last = None;
-        let mut idle = 0;
-        let groups = self.outbox().counts().groups;
-        for _ in 0..groups {
-            let Some((key, changes)) = self.outbox().next(last.as_ref()) else {
-                break;
-            };
-            for change in &changes {
-                match self.make(&key, change.clone()).await {
-                    Ok((changed, _)) if changed.backend == Backend::Redis => {
-                        self.outbox().delivered(&key, change);
-                        continue;
-                    }
-                    Ok((changed, _)) => idle += usize::from(changed.outcome == Outcome::Unchanged),
-                    Err(error) if never_fits(&error) => {
-                        tracing::warn!(
-                            key = key.as_str(),
-                            %error,
-                            "a change that was made while Redis was down can never be stored and is dropped"
-                        );
-                        self.outbox().dropped(&key, change);
-                        continue;
-                    }
-                    // Somebody has to look at what is stored there.
-                    Err(ManagerError::Refused { error, .. }) if concerns_the_group(&error) => {}
-                    Err(_) => idle += 1,
-                }
-                break;
-            }
-            if idle >= MAX_IDLE_DELIVERIES {
-                break;
-            }
-            last = Some(key);
-        }
-        self.outbox().counts().reports
-    }
-
-    /// Looks after the outbox. Never returns.
-    pub async fn deliver_forever(self) {
-        loop {
-            tokio::time::sleep(DELIVERY_INTERVAL).await;
-            self.deliver().await;
-        }
-    }
-
-    /// Makes a change, and remembers it if only memory has it.
-    async fn change(&self, key: &GroupKey, change: Change) -> Result<Changed, ManagerError> {
-        let (mut changed, before) = self.make(key, change.clone()).await?;
-        if changed.backend == Backend::Memory {
-            changed.safe = self.outbox().remember(key, change.again(before.as_ref()));
-        }
-        Ok(changed)
-    }
-
-    /// Makes a change, however many others change the group too. Gives what was
-    /// stored before as well.
-    async fn make(
-        &self,
-        key: &GroupKey,
-        change: Change,
-    ) -> Result<(Changed, Option<AlertGroup>), ManagerError> {
-        let settings = &self.0.settings;
-        let counts = &self.0.counts;
-        let give_up = Instant::now() + settings.change_timeout;
-        let mut store = self.store_of(key);
-        let mut seen = None;
-        let mut asked = self.known().mark();
-        let mut last = String::new();
-        let mut attempts = 0;
-        while attempts < settings.max_attempts && Instant::now() < give_up {
-            if attempts > 0 {
-                tokio::time::sleep(self.backoff(attempts)).await;
-            }
-            attempts += 1;
-            counts.attempts.fetch_add(1, Ordering::Relaxed);
-            counts
-                .most_attempts
-                .fetch_max(attempts.into(), Ordering::Relaxed);
-            let deadline = give_up.min(Instant::now() + settings.call_timeout);
-            if seen.is_none() {
-                // What a lost race has shown was asked for before.
-                asked = self.known().mark();
-            }
-            match attempt(&*store, settings, key, &change, seen.take(), deadline).await {
-                Ok(Attempt::Done(done)) => {
-                    let Done {
-                        outcome,
-                        before,
-                        after,
-                        left,
-                        backend,
-                    } = *done;
-                    counts.changes.fetch_add(1, Ordering::Relaxed);
-                    if outcome == Outcome::Unchanged {
-                        counts.unchanged.fetch_add(1, Ordering::Relaxed);
-                    }
-                    if outcome == Outcome::Deleted {
-                        self.known().forget(key);
-                    } else {
-                        self.saw(key, after.as_ref(), asked, left, backend);
-                    }
-                    let changed = Changed {
-                        outcome,
-                        group: after,
-                        backend,
-                        attempts,
-                        safe: true,
-                    };
-                    return Ok((changed, before));
-                }
-                Ok(Attempt::Lost(current)) => {
-                    counts.conflicts.fetch_add(1, Ordering::Relaxed);
-                    last = "lost a race".into();
-                    seen = Some(current);
-                }
-                // Maybe it happened, maybe not: the next attempt loads the group
-                // and sees.
-                Err(failure) if is_worth_another(&failure.error) => {
-                    counts.retried_failures.fetch_add(1, Ordering::Relaxed);
-                    last = format!("failed: {}", failure.error);
-                    // Its instance may be gone.
-                    store = self.store_of(key);
-                }
-                Err(failure) => {
-                    counts.failed.fetch_add(1, Ordering::Relaxed);
-                    return Err(ManagerError::Refused {
-                        key: key.clone(),
-                        error: failure.error,
-                    });
-                }
-            }
-        }
-        counts.failed.fetch_add(1, Ordering::Relaxed);
-        Err(ManagerError::GivenUp {
-            key: key.clone(),
-            attempts,
-            last,
-        })
+        let (known, outbox) = (self.known().stats(), self.outbox().counts());
+        self.0.counts.read(known, outbox)
     }
 
     /// Where a change of a group goes, all of its calls.
@@ -600,16 +492,11 @@ impl AlertGroupManager {
                 self.known().saw(group, asked, is_redis, ttl, forget_at);
             }
             // The memory of one instance does not know every group.
-            None if is_redis => self.known().saw_none(key, asked),
+            None if is_redis => {
+                self.known().saw_none(key, asked);
+            }
             None => {}
         }
-    }
-
-    /// Exponential, with full jitter: replicas that met once must not meet again.
-    fn backoff(&self, attempts: u32) -> Duration {
-        let doubled = 1 << (attempts - 1).min(16);
-        let longest = self.0.settings.first_backoff.saturating_mul(doubled);
-        longest.min(LONGEST_BACKOFF).mul_f64(rand::random())
     }
 
     fn known(&self) -> MutexGuard<'_, KnownGroups> {
@@ -623,21 +510,13 @@ impl AlertGroupManager {
     }
 }
 
-/// Whether the same change would be refused whenever it is made.
-fn never_fits(error: &ManagerError) -> bool {
-    match error {
-        ManagerError::Invalid(_) => true,
-        ManagerError::Refused { error, .. } => {
-            matches!(error.kind(), ErrorKind::Invalid | ErrorKind::TooLarge)
-        }
-        ManagerError::GivenUp { .. } | ManagerError::Restore(_) => false,
+/// Why a report can never be stored, if that is so.
+fn fault_of(report: &Alert) -> Option<&'static str> {
+    if report.fingerprint.is_empty() {
+        return Some("the alert has no fingerprint");
     }
-}
-
-/// Whether an error is about what is stored at one key.
-fn concerns_the_group(error: &StoreError) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::Unreadable | ErrorKind::ForeignType | ErrorKind::VersionOutOfRange
-    )
+    if report.labels.contains_key("") {
+        return Some("the alert has a label with an empty name");
+    }
+    None
 }

@@ -1,4 +1,4 @@
-"""Stories for the client in examples/python.
+"""Stories for the client in clients/python, which has to be installed.
 
     python tests/clients/python_example.py alone
     python tests/clients/python_example.py redis|down|gone HOST:PORT HOST:PORT
@@ -9,11 +9,13 @@ document of "unreadable" is none; `down` for when their Redis was killed after t
 """
 
 import concurrent.futures
+import inspect
 import itertools
 import json
 import pathlib
 import sys
 import time
+import typing
 
 import grpc
 from google.protobuf import any_pb2
@@ -21,10 +23,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "examples/python"))
-
-from groupstate_client import (  # noqa: E402
+import groupstate.client
+from groupstate import (
     Client,
     Failure,
     NotFound,
@@ -34,6 +34,8 @@ from groupstate_client import (  # noqa: E402
     rank,
     services,
 )
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def add(fingerprint):
@@ -89,6 +91,20 @@ def ranks_are_those_of_other_languages():
     for vector in vectors:
         ranking = rank(vector["addresses"], vector["key"])
         assert ranking == vector["ranking"], (vector, ranking)
+
+
+def everything_is_typed():
+    folder = pathlib.Path(groupstate.client.__file__).parent
+    assert (folder / "py.typed").exists()
+    assert "class LoadResponse" in (folder / "v1/group_state_pb2.pyi").read_text()
+    functions = [rank, *vars(groupstate.client).values(), *vars(Client).values()]
+    functions = [f for f in functions if inspect.isfunction(f)]
+    functions = [f for f in functions if f.__module__ == "groupstate.client"]
+    assert len(functions) > 20
+    for function in functions:
+        hints = typing.get_type_hints(function)
+        names = [n for n in inspect.signature(function).parameters if n != "self"]
+        assert {*names, "return"} <= hints.keys(), (function, hints)
 
 
 class Fake(services.GroupStateServiceServicer):
@@ -315,6 +331,7 @@ def the_next_in_rank_serves_the_keys_of_one_that_is_gone(client, targets):
 
 STORIES = {
     "alone": [
+        everything_is_typed,
         ranks_are_those_of_other_languages,
         a_change_of_unknown_outcome_is_applied_to_what_is_stored,
         a_write_whose_connection_breaks_may_have_happened,

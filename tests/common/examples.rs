@@ -1,4 +1,4 @@
-//! The clients in `examples/`, run as a stranger would run them.
+//! The clients in `clients/` and `examples/`, run as a stranger would run them.
 
 use std::{env, path::PathBuf, process::Command};
 
@@ -11,7 +11,7 @@ const IMPORT_PATH: &str = "src/github.com/groupstate/groupstate";
 /// Where Debian has the sources of Go's libraries.
 const SYSTEM_GOPATH: &str = "/usr/share/gocode";
 
-/// What the examples need of the repository, copied into a `GOPATH` of its own,
+/// What clients and examples need of the repository, copied into a `GOPATH` of its own,
 /// so that what is generated does not end up beside the sources.
 pub struct Examples {
     gopath: TempDir,
@@ -23,7 +23,8 @@ impl Examples {
         let root = gopath.path().join(IMPORT_PATH);
         std::fs::create_dir_all(&root).unwrap();
         let status = Command::new("cp")
-            .args(["-r", "--parents", "examples/go", "examples/python", "proto"])
+            .args(["-r", "--parents", "clients/go", "examples/go"])
+            .args(["clients/python", "examples/python", "proto"])
             .arg("tests/data/rendezvous-vectors.json")
             .arg(root)
             .current_dir(env!("CARGO_MANIFEST_DIR"))
@@ -40,8 +41,15 @@ impl Examples {
         let tools = [tool("bin"), tool("venv/bin")];
         let path = env::join_paths(tools.into_iter().chain(env::split_paths(&path))).unwrap();
         let gopath = [self.gopath.path().to_owned(), PathBuf::from(SYSTEM_GOPATH)];
+        // Packages of Python go into a folder of their own. What they need, and what builds
+        // them, is in the venv. ("0" is how pip is told not to build apart from it.)
+        let site = self.gopath.path().join("site");
         let mut command = Command::new(program);
         command
+            .env("PIP_TARGET", &site)
+            .env("PIP_NO_DEPS", "1")
+            .env("PIP_NO_BUILD_ISOLATION", "0")
+            .env("PYTHONPATH", &site)
             .current_dir(self.gopath.path().join(IMPORT_PATH).join(folder))
             .env("PATH", path)
             .env("PIP_NO_INDEX", "1")

@@ -28,6 +28,11 @@ impl Prometheus {
     /// Starts it with this configuration and rules; `rules.yaml` in the former
     /// is the latter. Waits until it is ready.
     pub async fn start(config: &str, rules: &str) -> Self {
+        Self::start_with(config, rules, &[]).await
+    }
+
+    /// The same with further arguments.
+    pub async fn start_with(config: &str, rules: &str, arguments: &[&str]) -> Self {
         let folder = TempDir::new().unwrap();
         let file = |name: &str| folder.path().join(name).display().to_string();
         fs::write(file("prometheus.yaml"), config).unwrap();
@@ -38,6 +43,7 @@ impl Prometheus {
             .arg(format!("--config.file={}", file("prometheus.yaml")))
             .arg(format!("--storage.tsdb.path={}", file("data")))
             .arg(format!("--web.listen-address={addr}"))
+            .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());

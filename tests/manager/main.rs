@@ -3,6 +3,8 @@
 //! | file | what it shows |
 //! |---|---|
 //! | here | what a manager does for its caller |
+//! | `leaving.rs` | alerts that leave a group, and what does not fit |
+//! | `copies.rs` | the copies of groups: what is forgotten, listed and found |
 //! | `races.rs` | changes that meet, and stores that fail in between |
 //! | `outages.rs` | Redis or an instance goes, and no alert with it |
 //! | `secured.rs` | TLS and tokens |
@@ -11,6 +13,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod copies;
+mod leaving;
 mod outages;
 mod races;
 mod secured;
@@ -316,25 +320,6 @@ async fn copies_over_the_limit_are_forgotten_and_loaded_again() {
     let stats = manager.stats().known;
     assert_eq!((stats.groups, stats.crowded_out), (10, 15));
     assert_eq!(alerts(&manager, "k/0").await, ["a"]);
-}
-
-#[tokio::test]
-async fn what_makes_no_sense_is_refused() {
-    let (_redis, service) = service().await;
-    let manager = replica(&[&service]).await;
-    for reports in [vec![], vec![firing("")]] {
-        let refused = manager.add_alerts(&key("k"), Vec::new(), reports).await;
-        assert!(matches!(refused, Err(ManagerError::Invalid(_))));
-    }
-    let too_long = key(&"x".repeat(5_000));
-    let refused = manager
-        .add_alerts(&too_long, Vec::new(), vec![firing("a")])
-        .await;
-    let Err(ManagerError::Refused { error, .. }) = refused else {
-        panic!("{refused:?}");
-    };
-    assert_eq!(error.kind(), ErrorKind::Invalid);
-    assert!(error.to_string().contains("--max-key-bytes"), "{error}");
 }
 
 /// The third use case: resolved half way through its life, gone at its end.

@@ -27,7 +27,8 @@ const ALERTS_IN_GROUP: usize = 3;
 const ARRIVES_WITHIN: Duration = Duration::from_secs(30);
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
-struct Alertmanager {
+/// A real one, with one receiver for each replica.
+pub struct Alertmanager {
     addr: SocketAddr,
     _process: Process,
     _folder: TempDir,
@@ -40,7 +41,7 @@ type Posted = BTreeMap<String, BTreeMap<String, AlertStatus>>;
 async fn an_alertmanager_sends_to_three_replicas_and_every_alert_arrives() {
     let mut site = Site::start(3).await;
     let addresses: Vec<_> = site.replicas.iter().map(|replica| replica.addr()).collect();
-    let alertmanager = Alertmanager::start(&addresses).await;
+    let alertmanager = Alertmanager::start(&addresses, "1h").await;
     let mut posted = Posted::new();
 
     let all: Vec<usize> = (0..GROUPS).collect();
@@ -83,6 +84,35 @@ async fn an_alertmanager_sends_to_three_replicas_and_every_alert_arrives() {
     arrived(&site, &posted).await;
 }
 
+/// Alertmanager never says that an alert is over which resolves while it is silenced.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_alert_that_resolves_while_it_is_silenced_leaves_its_group() {
+    let horizon = ["--report-horizon", "6s"];
+    let site = Site::start_with(1, &horizon).await;
+    let alertmanager = Alertmanager::start(&[site.replicas[0].addr()], "2s").await;
+    let mut posted = Posted::new();
+    alertmanager
+        .post(&[0], AlertStatus::Firing, &mut posted)
+        .await;
+    arrived(&site, &posted).await;
+
+    let silenced = "10.0.0.1:9100";
+    alertmanager.silence(silenced).await;
+    let over = alert(0, silenced, AlertStatus::Resolved);
+    alertmanager.send("/api/v2/alerts", &json!([over])).await;
+    let of_group = posted.values_mut().next().unwrap();
+    of_group.remove(silenced);
+    // The others are told of again and again, and the silenced one is not.
+    arrived(&site, &posted).await;
+    let left = r#"alerts_left_total{reason="unreported"}"#;
+    // More if the machine was so busy that the others were not told of in time.
+    assert!(site.replicas[0].metric(left).await >= 1);
+    let [group] = &site.groups().await[..] else {
+        panic!("one group");
+    };
+    assert_eq!(group.metadata.firing_count, 2);
+}
+
 async fn arrived(site: &Site, posted: &Posted) {
     wait_until("every alert has arrived", ARRIVES_WITHIN, async || {
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -103,11 +133,11 @@ fn found(groups: &[AlertGroup]) -> Posted {
 // === impl Alertmanager ===
 
 impl Alertmanager {
-    /// With one receiver for each of these replicas.
-    async fn start(replicas: &[&str]) -> Self {
+    /// For these replicas. Of what still fires it tells again after `repeat_interval`.
+    pub async fn start(replicas: &[&str], repeat_interval: &str) -> Self {
         let folder = TempDir::new().unwrap();
         let file = |name: &str| folder.path().join(name).display().to_string();
-        fs::write(file("alertmanager.yaml"), config(replicas)).unwrap();
+        fs::write(file("alertmanager.yaml"), config(replicas, repeat_interval)).unwrap();
         let addr = free_address();
         let mut command = Command::new("prometheus-alertmanager");
         command
@@ -148,9 +178,48 @@ impl Alertmanager {
                 of_group.insert(instance, status);
             }
         }
-        let body = Value::from(alerts).to_string();
+        self.send("/api/v2/alerts", &alerts.into()).await;
+    }
+
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// What it has that fires and is not silenced: by fingerprint, when it began, in
+    /// milliseconds.
+    pub async fn active(&self) -> BTreeMap<String, i64> {
+        let path = "/api/v2/alerts?active=true&silenced=false&inhibited=false";
+        let reply = http::get(&self.addr.to_string(), path, ANSWER_WITHIN).await;
+        let alerts: Value = serde_json::from_str(&reply.unwrap().body).unwrap();
+        let alerts = alerts.as_array().unwrap().iter();
+        let began = |alert: &Value| {
+            let starts_at = alert["startsAt"].as_str().unwrap();
+            Time::parse_rfc3339(starts_at).unwrap().millis()
+        };
+        let alerts = alerts.map(|alert| {
+            let fingerprint = alert["fingerprint"].as_str().unwrap();
+            (fingerprint.to_owned(), began(alert))
+        });
+        alerts.collect()
+    }
+
+    /// Silences all alerts of an instance for an hour.
+    async fn silence(&self, instance: &str) {
+        let now = Time::now().millis();
+        let time = |millis: i64| Time::from_millis(millis).unwrap().to_string();
+        let silence = json!({
+            "matchers": [{"name": "instance", "value": instance, "isRegex": false, "isEqual": true}],
+            "startsAt": time(now),
+            "endsAt": time(now + 3_600_000),
+            "createdBy": "a test",
+            "comment": "made up",
+        });
+        self.send("/api/v2/silences", &silence).await;
+    }
+
+    async fn send(&self, path: &str, body: &Value) {
         let addr = self.addr.to_string();
-        let reply = http::send(&addr, "POST", "/api/v2/alerts", &body, ANSWER_WITHIN).await;
+        let reply = http::send(&addr, "POST", path, &body.to_string(), ANSWER_WITHIN).await;
         let reply = reply.unwrap();
         assert_eq!(reply.status, 200, "{reply:?}");
     }
@@ -182,7 +251,7 @@ fn alert(group: usize, instance: &str, status: AlertStatus) -> Value {
     })
 }
 
-fn config(replicas: &[&str]) -> String {
+fn config(replicas: &[&str], repeat_interval: &str) -> String {
     let mut routes = String::new();
     let mut receivers = String::new();
     for (number, addr) in replicas.iter().enumerate() {
@@ -201,7 +270,7 @@ fn config(replicas: &[&str]) -> String {
   group_by: [alertname, cluster]
   group_wait: 200ms
   group_interval: 1s
-  repeat_interval: 1h
+  repeat_interval: {repeat_interval}
   routes:
 {routes}receivers:
   - name: nobody

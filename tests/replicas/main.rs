@@ -6,7 +6,10 @@
 //! | here | replicas that receive the same webhooks at the same moment |
 //! | `faults.rs` | Redis, instances and replicas are killed meanwhile |
 //! | `alertmanager.rs` | a real Alertmanager sends to all replicas |
-//! | `stories.rs` | two of the use cases, step by step |
+//! | `prometheus.rs` | two real Prometheus tell it of the same alert |
+//! | `webhooks.rs` | what others send, and the answers that the README shows |
+//! | `churn.rs` | a group in which alerts come and go stays small |
+//! | `stories.rs` | use cases and mishaps, step by step |
 //! | `table.rs` | `make replicas`: the long runs, and their table |
 //!
 //! The rest are helpers: `site.rs` is what runs, `replica.rs` one replica of it,
@@ -16,13 +19,16 @@
 mod common;
 
 mod alertmanager;
+mod churn;
 mod faults;
 mod load;
+mod prometheus;
 mod recorded;
 mod replica;
 mod site;
 mod stories;
 mod table;
+mod webhooks;
 
 use load::{Load, To};
 use site::Site;

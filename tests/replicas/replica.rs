@@ -1,4 +1,4 @@
-//! A replica as a process: `examples/alert_history_replica.rs`.
+//! A replica as a process: `examples/alert_history_replica`.
 
 use std::{
     process::{Command, Stdio},
@@ -7,13 +7,18 @@ use std::{
 
 use serde_json::Value;
 
-use crate::common::{Process, example, free_address, http, stalls::Bound};
+use crate::common::{
+    Process, example, free_address,
+    http::{self, HttpReply},
+    stalls::Bound,
+};
 
 /// A running replica.
 pub struct Replica {
     process: Process,
     addr: String,
     services: Vec<String>,
+    arguments: Vec<String>,
 }
 
 const BUILD: &str = "`cargo test` builds it, and so does `cargo build --examples`";
@@ -27,13 +32,20 @@ impl Replica {
     /// Starts a replica that knows these instances, and waits until it has
     /// restored its groups.
     pub async fn start(services: &[String]) -> Self {
+        Self::start_with(services, &[]).await
+    }
+
+    /// The same with further arguments.
+    pub async fn start_with(services: &[String], arguments: &[&str]) -> Self {
+        let arguments: Vec<String> = arguments.iter().map(|&one| one.into()).collect();
         // Another process may take the port before the replica does.
         for _ in 0..10 {
             let addr = free_address().to_string();
             let mut replica = Self {
-                process: spawn(&addr, services),
+                process: spawn(&addr, services, &arguments),
                 addr,
                 services: services.to_vec(),
+                arguments: arguments.clone(),
             };
             if replica.is_ready().await {
                 return replica;
@@ -62,7 +74,7 @@ impl Replica {
     /// Starts it again at the same address.
     pub fn launch_again(&mut self) {
         self.process.kill();
-        self.process = spawn(&self.addr, &self.services);
+        self.process = spawn(&self.addr, &self.services, &self.arguments);
     }
 
     /// Waits until it has restored its groups; false if it ended instead.
@@ -83,8 +95,19 @@ impl Replica {
 
     /// Sends it a webhook, once; says with which status it answered, if it did.
     pub async fn receives(&self, webhook: &str) -> Option<u16> {
+        let answer = self.answer(webhook).await;
+        answer.map(|reply| reply.status)
+    }
+
+    /// What it answers to a webhook, if it does.
+    pub async fn answer(&self, webhook: &str) -> Option<HttpReply> {
         let sent = http::send(&self.addr, "POST", "/webhook", webhook, ANSWER_WITHIN).await;
-        sent.ok().map(|reply| reply.status)
+        sent.ok()
+    }
+
+    /// The process, to stop it or to see what it takes.
+    pub fn process(&self) -> &Process {
+        &self.process
     }
 
     /// What it answers on this path.
@@ -94,7 +117,7 @@ impl Replica {
         serde_json::from_str(&reply.body).unwrap()
     }
 
-    /// The value of a metric, by its name without the prefix.
+    /// The value of a metric, by its name without the prefix, and its label if it has one.
     pub async fn metric(&self, name: &str) -> u64 {
         let reply = http::get(&self.addr, "/metrics", ANSWER_WITHIN).await;
         let body = reply.unwrap().body;
@@ -107,9 +130,9 @@ impl Replica {
     }
 }
 
-fn spawn(addr: &str, services: &[String]) -> Process {
+fn spawn(addr: &str, services: &[String], arguments: &[String]) -> Process {
     let mut command = Command::new(example("alert_history_replica"));
-    command.args(["--listen", addr]);
+    command.args(["--listen", addr]).args(arguments);
     for service in services {
         command.args(["--groupstate", service]);
     }

@@ -22,6 +22,8 @@ pub struct Site {
     pub redis: RedisServer,
     pub services: Vec<Service>,
     pub replicas: Vec<Replica>,
+    /// With which all replicas are started.
+    arguments: Vec<&'static str>,
     /// The addresses of the replicas, for those who send to them.
     receivers: watch::Sender<Vec<String>>,
 }
@@ -46,6 +48,11 @@ const SETTLED_WITHIN: Duration = Duration::from_secs(40);
 
 impl Site {
     pub async fn start(replicas: usize) -> Self {
+        Self::start_with(replicas, &[]).await
+    }
+
+    /// The same, with further arguments for the replicas.
+    pub async fn start_with(replicas: usize, arguments: &[&'static str]) -> Self {
         let durable = ["--appendonly", "yes", "--appendfsync", "always"];
         let redis = RedisServer::start_with(&durable).await;
         let services = (0..INSTANCES)
@@ -55,6 +62,7 @@ impl Site {
             redis,
             services,
             replicas: Vec::new(),
+            arguments: arguments.to_vec(),
             receivers: watch::channel(Vec::new()).0,
         };
         site.scale(replicas).await;
@@ -70,7 +78,7 @@ impl Site {
     /// before.
     pub async fn scale(&mut self, replicas: usize) {
         while self.replicas.len() < replicas {
-            let replica = Replica::start(&self.addresses()).await;
+            let replica = Replica::start_with(&self.addresses(), &self.arguments).await;
             self.replicas.push(replica);
             self.publish();
         }

@@ -1,15 +1,18 @@
 //! Use cases of the product, step by step. A third one, of the time that a group
 //! lives, is in `tests/manager/main.rs`.
 
-use std::{collections::BTreeMap, process::Command};
+use std::{collections::BTreeMap, process::Command, time::Duration};
 
 use groupstate::group::Time;
 use redis::AsyncCommands;
 use serde_json::{Value, json};
 
-use crate::{replica::Replica, site::Site};
+use crate::{common::wait_until, replica::Replica, site::Site};
 
 const KEY: &str = "alertname=HighCPU,cluster=prod";
+
+/// Longer than anything takes that is not waited for on purpose.
+const SOON: Duration = Duration::from_secs(20);
 
 /// Two replicas, one group; one crashes, and its successor restores.
 #[tokio::test(flavor = "multi_thread")]
@@ -67,6 +70,33 @@ async fn redis_is_lost_and_restored() {
     assert_eq!(fingerprints(&group), ["after", "before", "during"]);
 }
 
+/// An old "firing" that waited in the sockets of a stopped replica must not come after
+/// the "resolved" that the other one got in time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_was_stopped_sends_back_what_it_had_received_before() {
+    let site = Site::start_with(2, &["--sender-timeout", "2s"]).await;
+    let [stopped, other] = &site.replicas[..] else {
+        panic!("two replicas");
+    };
+    stopped.process().signal("STOP");
+    let firing = webhook("a", "firing");
+    let late = stopped.receives(&firing);
+    let meanwhile = async {
+        is_taken(other, &firing).await;
+        is_taken(other, &webhook("a", "resolved")).await;
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        stopped.process().signal("CONT");
+    };
+    let (late, ()) = tokio::join!(late, meanwhile);
+    assert_eq!(late, Some(503));
+    let group = other.json(&format!("/group?key={KEY}")).await;
+    assert_eq!(group["metadata"]["state"], "resolved");
+    assert!(stopped.metric(r#"webhooks_total{code="503"}"#).await >= 1);
+    // A moment later it takes what it is sent.
+    is_taken(stopped, &webhook("b", "firing")).await;
+    assert_eq!(alerts(other, KEY).await, ["a", "b"]);
+}
+
 /// The block marked `<!-- replica -->`, and what it says.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_commands_of_the_readme_answer_what_it_shows() {
@@ -88,6 +118,15 @@ async fn the_commands_of_the_readme_answer_what_it_shows() {
         .expect("bash is there: install bash, and curl");
     let output = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output, shown, "{commands}");
+}
+
+/// Sends a webhook until it is taken: on a busy machine a replica may be held up for so
+/// long that it takes itself for stopped.
+async fn is_taken(replica: &Replica, webhook: &str) {
+    wait_until("the webhook is taken", SOON, async || {
+        replica.receives(webhook).await == Some(200)
+    })
+    .await;
 }
 
 async fn alerts(replica: &Replica, key: &str) -> Vec<String> {

@@ -77,7 +77,7 @@ install_kubectl() {
     fi
 }
 
-# Go with gRPC, for examples/go: 0.6 GB, most of it Go itself. The libraries are
+# Go with gRPC, for clients/go: 0.6 GB, most of it Go itself. The libraries are
 # sources, which Go reads as a GOPATH, so that its tests need no network.
 gocode=/usr/share/gocode/src
 have_go() {

@@ -90,14 +90,32 @@ fn a_resolution_that_one_side_missed_wins_and_the_older_report_is_named() {
 }
 
 #[test]
-fn an_alert_that_fires_again_beats_its_earlier_resolution_even_if_that_is_heard_later() {
+fn an_alert_that_fires_again_beats_its_earlier_resolution() {
+    let resolved = group([resolved("cpu", 10, 30)], updated(30, GroupState::Resolved));
     let again = group([firing("cpu", 50)], updated(50, GroupState::Firing));
-    let mut late = resolved("cpu", 10, 30);
-    late.timestamp = at(60);
-    let there = group([late], updated(60, GroupState::Resolved));
-    let merged = merge(&there, &again);
+    let merged = merge(&resolved, &again);
     assert_eq!(merged.alerts["cpu"], firing("cpu", 50));
     assert_eq!(merged.metadata.state, GroupState::Firing);
+}
+
+/// A second Prometheus fired earlier and is heard later; then the alert is over.
+#[test]
+fn a_start_that_moves_backwards_does_not_hold_up_what_is_heard_later() {
+    let report = |starts_at, timestamp| Alert {
+        timestamp: at(timestamp),
+        ..firing("disk", starts_at)
+    };
+    let here = group([report(13, 13)], updated(13, GroupState::Firing));
+    let earlier = group([report(10, 20)], updated(20, GroupState::Firing));
+    let merged = merge(&here, &earlier);
+    assert_eq!(merged.alerts["disk"].starts_at, at(10));
+    let over = group(
+        [resolved("disk", 10, 40)],
+        updated(40, GroupState::Resolved),
+    );
+    let merged = merge(&merged, &over);
+    assert_eq!(merged.metadata.state, GroupState::Resolved);
+    assert_eq!(merged.metadata.firing_count, 0);
 }
 
 #[test]
@@ -255,23 +273,34 @@ fn a_count_beyond_its_type_is_the_greatest_there_is() {
 }
 
 #[test]
-fn reports_are_ordered_by_start_then_receipt_then_status_then_content() {
-    let report = |starts_at, timestamp, status, alert_name: &str| Alert {
+fn reports_are_ordered_by_receipt_then_status_then_start_then_content() {
+    let report = |timestamp, status, starts_at, alert_name: &str| Alert {
         alert_name: alert_name.into(),
         status,
         starts_at,
         timestamp,
         ..Alert::default()
     };
+    let ended = |ends_at, starts_at| Alert {
+        ends_at,
+        ..report(None, Resolved, starts_at, "a")
+    };
     use AlertStatus::{Firing, Resolved};
     let ascending = [
-        report(None, at(9), Resolved, "b"),
-        report(at(1), None, Resolved, "b"),
-        report(at(1), at(2), Firing, "a"),
-        report(at(1), at(2), Firing, "b"),
-        report(at(1), at(2), Resolved, "a"),
-        report(at(1), at(3), Firing, "a"),
-        report(at(2), at(1), Firing, "a"),
+        // When those without a receipt were heard of is not known: when they
+        // ended or began stands in for it.
+        report(None, Resolved, None, "b"),
+        report(None, Firing, at(7), "a"),
+        report(None, Resolved, at(7), "a"),
+        ended(at(8), at(9)),
+        report(None, Firing, at(9), "a"),
+        ended(at(9), at(2)),
+        report(at(1), Firing, None, "a"),
+        report(at(1), Firing, at(9), "a"),
+        report(at(1), Firing, at(9), "b"),
+        report(at(1), Resolved, None, "a"),
+        report(at(1), Resolved, at(1), "a"),
+        report(at(2), Firing, at(1), "a"),
     ];
     for (i, left) in ascending.iter().enumerate() {
         for (j, right) in ascending.iter().enumerate() {

@@ -1,15 +1,16 @@
 // Groups of the service as messages of the API, and back.
 
-package grouping
+package groupstate
 
 import (
 	"fmt"
+	"math"
 	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	pb "github.com/groupstate/groupstate/examples/go/groupstatev1"
+	pb "github.com/groupstate/groupstate/clients/go/groupstatev1"
 )
 
 // The names of the API's enums are those of the service with a prefix. A name that
@@ -35,8 +36,8 @@ func groupToProto(g *AlertGroup) *pb.AlertGroup {
 			UpdatedAt:           timeToProto(&m.UpdatedAt),
 			FirstFiringAt:       timeToProto(m.FirstFiringAt),
 			ResolvedAt:          timeToProto(m.ResolvedAt),
-			FiringCount:         int32(m.FiringCount),
-			ResolvedCount:       int32(m.ResolvedCount),
+			FiringCount:         count(m.FiringCount),
+			ResolvedCount:       count(m.ResolvedCount),
 			GroupBy:             m.GroupBy,
 			GroupWaitTimer:      timerToProto(m.GroupWaitTimer),
 			GroupIntervalTimer:  timerToProto(m.GroupIntervalTimer),
@@ -116,7 +117,7 @@ func timerToProto(t *TimerMetadata) *pb.TimerMetadata {
 	return &pb.TimerMetadata{
 		Version:     t.Version,
 		CreatedBy:   t.CreatedBy,
-		ResetCount:  int32(t.ResetCount),
+		ResetCount:  count(t.ResetCount),
 		LastResetAt: timeToProto(t.LastResetAt),
 		LockId:      t.LockID,
 	}
@@ -132,6 +133,38 @@ func timerFromProto(timer *pb.TimerMetadata) *TimerMetadata {
 		ResetCount:  int(timer.ResetCount),
 		LastResetAt: timeFromProto(timer.LastResetAt),
 		LockID:      timer.LockId,
+	}
+}
+
+// count is a number as the API has it: its greatest where it is beyond that.
+func count(n int) int32 {
+	if n > math.MaxInt32 {
+		return math.MaxInt32
+	}
+	if n < math.MinInt32 {
+		return math.MinInt32
+	}
+	return int32(n)
+}
+
+// stamp sets when alerts were received whose Timestamp does not say it: there is none, or
+// it is their StartsAt, as the service writes it. Alerts may be shared with other groups,
+// so those of this one are replaced.
+func stamp(group *AlertGroup, received time.Time) {
+	for fingerprint, alert := range group.Alerts {
+		if alert == nil || alert.Timestamp != nil && !alert.Timestamp.Equal(alert.StartsAt) {
+			continue
+		}
+		stamped, at := *alert, received
+		stamped.Timestamp = &at
+		group.Alerts[fingerprint] = &stamped
+	}
+}
+
+func setVersion(group *AlertGroup, version int64) {
+	group.Version = version
+	if group.Metadata != nil {
+		group.Metadata.Version = version
 	}
 }
 

@@ -1,15 +1,12 @@
-// The types of the Go alert-history service, in as many lines as the adapter
-// needs. In the service itself this file is not copied: it has all of them in its
-// packages grouping and core, and only what is marked NEW is to be added there.
-
+// Package grouping stands for the packages grouping and core of the Go alert-history
+// service: the interface GroupStorage with its types and errors, written from the
+// contract. The adapter is compiled and tested against it; in the service it is not copied.
 package grouping
 
 import (
 	"context"
 	"fmt"
 	"time"
-
-	"google.golang.org/grpc/codes"
 )
 
 // GroupStorage is what the service asks of a store of groups.
@@ -80,24 +77,19 @@ type Alert struct {
 	Timestamp    *time.Time
 }
 
-// Clone copies a group; the alerts are shared.
+// Clone copies a group; the alerts are shared. The service's own forgets Version.
 func (g *AlertGroup) Clone() *AlertGroup {
 	alerts := make(map[string]*Alert, len(g.Alerts))
 	for fingerprint, alert := range g.Alerts {
 		alerts[fingerprint] = alert
 	}
 	metadata := *g.Metadata
-	// NEW: Version is copied. A copy without it could never be stored, since every
-	// Store would be an attempt to create a group that is there.
 	return &AlertGroup{Key: g.Key, Alerts: alerts, Metadata: &metadata, Version: g.Version}
 }
 
 // GroupNotFoundError says that there is no such group, or that it has expired.
 type GroupNotFoundError struct {
 	Key GroupKey
-	// NEW: false if the memory of one instance has answered, because Redis is down.
-	// It cannot know what others hold, so who has seen the group must not forget it.
-	Authoritative bool
 }
 
 func (e *GroupNotFoundError) Error() string {
@@ -113,10 +105,6 @@ type ErrVersionMismatch struct {
 }
 
 func (e *ErrVersionMismatch) Error() string {
-	if e.ActualVersion == 0 {
-		return fmt.Sprintf("version mismatch for group %s: expected version %d, but the group is gone "+
-			"(deleted or expired); at version 0 it would be created anew", e.Key, e.ExpectedVersion)
-	}
 	return fmt.Sprintf("version mismatch for group %s: expected version %d, found %d",
 		e.Key, e.ExpectedVersion, e.ActualVersion)
 }
@@ -133,51 +121,3 @@ func (e *StorageError) Error() string {
 }
 
 func (e *StorageError) Unwrap() error { return e.Err }
-
-// OutcomeUnknownError (NEW) says that it cannot be told whether a write happened: its
-// answer was lost on the way from Redis, or on the way to us. Load the group and
-// apply the change again: if the write has happened, to store the group once more is
-// a lost race.
-type OutcomeUnknownError struct {
-	Operation string
-	Key       GroupKey
-	Err       error
-}
-
-func (e *OutcomeUnknownError) Error() string {
-	return fmt.Sprintf("it is unknown whether %s of group %s has happened: load it and apply the change again: %v",
-		e.Operation, e.Key, e.Err)
-}
-
-func (e *OutcomeUnknownError) Unwrap() error { return e.Err }
-
-// PartialError (NEW) says that a LoadAll or StoreAll was not the whole of it.
-type PartialError struct {
-	Operation string
-	// The groups that could not be read or stored, each with its reason.
-	Problems []Problem
-	// Memory has answered a LoadAll in place of Redis, and cannot know every group.
-	Incomplete bool
-}
-
-// Problem (NEW) is what went wrong with one group of many.
-type Problem struct {
-	Key  GroupKey
-	Code codes.Code
-	// A name of ErrorReason in the proto. If it is empty or OUTCOME_UNKNOWN, the group
-	// may or may not have been stored.
-	Reason  string
-	Message string
-}
-
-func (e *PartialError) Error() string {
-	text := fmt.Sprintf("%s: %d groups failed", e.Operation, len(e.Problems))
-	if len(e.Problems) > 0 {
-		first := e.Problems[0]
-		text += fmt.Sprintf(", the first one is %s: %s %s", first.Key, first.Reason, first.Message)
-	}
-	if e.Incomplete {
-		text += "; Redis is down and there may be more groups than the ones in memory"
-	}
-	return text
-}

@@ -1,10 +1,11 @@
 // What can go wrong with a call, and when it is made again.
 
-package grouping
+package groupstate
 
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand"
 	"time"
 
@@ -12,7 +13,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	pb "github.com/groupstate/groupstate/examples/go/groupstatev1"
+	pb "github.com/groupstate/groupstate/clients/go/groupstatev1"
 )
 
 const (
@@ -24,6 +25,68 @@ const (
 )
 
 const reasonPrefix = "ERROR_REASON_"
+
+// NotAuthoritativeError is a GroupNotFoundError of the memory of one instance, as while
+// Redis is down. It cannot know what others hold, so who has seen the group must not
+// forget it.
+type NotAuthoritativeError struct {
+	Key GroupKey
+}
+
+func (e *NotAuthoritativeError) Error() string {
+	return fmt.Sprintf("group not found in the memory of one instance: %s", e.Key)
+}
+
+// Unwrap returns a *GroupNotFoundError.
+func (e *NotAuthoritativeError) Unwrap() error { return &GroupNotFoundError{Key: e.Key} }
+
+// OutcomeUnknownError says that it cannot be told whether a write happened: its
+// answer was lost on the way from Redis, or on the way to us. Load the group and
+// apply the change again: if the write has happened, to store the group once more is
+// a lost race.
+type OutcomeUnknownError struct {
+	Operation string
+	Key       GroupKey
+	Err       error
+}
+
+func (e *OutcomeUnknownError) Error() string {
+	return fmt.Sprintf("it is unknown whether %s of group %s has happened: load it and apply the change again: %v",
+		e.Operation, e.Key, e.Err)
+}
+
+func (e *OutcomeUnknownError) Unwrap() error { return e.Err }
+
+// PartialError says that a LoadAll or StoreAll was not the whole of it.
+type PartialError struct {
+	Operation string
+	// The groups that could not be read or stored, each with its reason.
+	Problems []Problem
+	// Memory has answered a LoadAll in place of Redis, and cannot know every group.
+	Incomplete bool
+}
+
+// Problem is what went wrong with one group of many.
+type Problem struct {
+	Key  GroupKey
+	Code codes.Code
+	// A name of ErrorReason in the proto. If it is empty or OUTCOME_UNKNOWN, the group
+	// may or may not have been stored.
+	Reason  string
+	Message string
+}
+
+func (e *PartialError) Error() string {
+	text := fmt.Sprintf("%s: %d groups failed", e.Operation, len(e.Problems))
+	if len(e.Problems) > 0 {
+		first := e.Problems[0]
+		text += fmt.Sprintf(", the first one is %s: %s %s", first.Key, first.Reason, first.Message)
+	}
+	if e.Incomplete {
+		text += "; Redis is down and there may be more groups than the ones in memory"
+	}
+	return text
+}
 
 // Reason is the name of an ErrorReason in the proto, such as "UNREADABLE_DOCUMENT".
 // It is empty if an error is none of the service but of the gRPC library, such as a
@@ -79,9 +142,12 @@ func readFailure(operation string, key GroupKey, err error) error {
 		return nil
 	}
 	if info, _ := details(err); info.GetReason() == "GROUP_NOT_FOUND" {
-		return &GroupNotFoundError{Key: key, Authoritative: info.Metadata["authoritative"] != "false"}
+		if info.Metadata["authoritative"] == "false" {
+			return &NotAuthoritativeError{key}
+		}
+		return &GroupNotFoundError{Key: key}
 	}
-	return &StorageError{operation, err}
+	return &StorageError{Operation: operation, Err: err}
 }
 
 func problemOf(problem *pb.GroupError) Problem {

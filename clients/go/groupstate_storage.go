@@ -1,32 +1,13 @@
-// Package grouping keeps the groups of the Go alert-history service in groupstate:
-// Storage is a GroupStorage, in the place of the service's own RedisGroupStorage.
-//
-// Copy storage.go, failures.go, convert.go and instances.go into the service's
-// package grouping, and see grouping.go for what else is new. The stubs are
-// generated, by protoc and its plugins protoc-gen-go and protoc-gen-go-grpc:
-//
-//	go generate && go mod tidy
-//	go run ./demo localhost:50051
-//
-// With the packages of Debian in place of modules (golang-google-grpc-dev and others,
-// see tests/tools/install.sh), the repository is put into a GOPATH:
-//
-//	mkdir -p gopath/src/github.com/groupstate
-//	cp -r REPOSITORY gopath/src/github.com/groupstate/groupstate
-//	export GO111MODULE=off GOPATH="$PWD/gopath:/usr/share/gocode"
-//
-// Run the service with --on-recovery reconcile: the interface has no room for "only
-// memory has this yet", which a replica would have to know of to make the change
-// again after a recovery that discards.
-package grouping
+// The GroupStorage itself.
 
-//go:generate protoc -I ../../proto --go_out=. --go-grpc_out=. --go_opt=module=github.com/groupstate/groupstate/examples/go --go_opt=Mgroupstate/v1/group_state.proto=github.com/groupstate/groupstate/examples/go/groupstatev1 --go-grpc_opt=module=github.com/groupstate/groupstate/examples/go --go-grpc_opt=Mgroupstate/v1/group_state.proto=github.com/groupstate/groupstate/examples/go/groupstatev1 groupstate/v1/group_state.proto
+package groupstate
 
 import (
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"time"
 
 	"google.golang.org/grpc"
@@ -35,7 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	pb "github.com/groupstate/groupstate/examples/go/groupstatev1"
+	pb "github.com/groupstate/groupstate/clients/go/groupstatev1"
 )
 
 const (
@@ -60,6 +41,8 @@ type Config struct {
 	// Transport credentials at least. Connections are made to addresses, so with TLS
 	// the tls.Config needs the ServerName.
 	DialOptions []grpc.DialOption
+	// OnPartial is told of what is missing in a LoadAll; by default the log is.
+	OnPartial func(*PartialError)
 }
 
 // Storage is a GroupStorage over the API of groupstate. It may be used by many
@@ -67,6 +50,7 @@ type Config struct {
 type Storage struct {
 	instances *instances
 	ttl       time.Duration
+	onPartial func(*PartialError)
 }
 
 var _ GroupStorage = (*Storage)(nil)
@@ -77,7 +61,11 @@ func NewStorage(config Config) (*Storage, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Storage{instances: all, ttl: config.TTL}, nil
+	onPartial := config.OnPartial
+	if onPartial == nil {
+		onPartial = func(partial *PartialError) { log.Print("groupstate: ", partial) }
+	}
+	return &Storage{instances: all, ttl: config.TTL, onPartial: onPartial}, nil
 }
 
 // Close closes the connections.
@@ -92,12 +80,13 @@ func (s *Storage) Close() { s.instances.close() }
 // *OutcomeUnknownError the group may have been stored or not.
 func (s *Storage) Store(ctx context.Context, group *AlertGroup) error {
 	if group == nil {
-		return &StorageError{"store", errors.New("the group is nil")}
+		return &StorageError{Operation: "store", Err: errors.New("the group is nil")}
 	}
 	instance, err := s.instances.of(ctx, group.Key)
 	if err != nil {
-		return &StorageError{"store", err}
+		return &StorageError{Operation: "store", Err: err}
 	}
+	stamp(group, time.Now())
 	_, err = s.swap(ctx, instance, group)
 	return err
 }
@@ -117,13 +106,15 @@ func (s *Storage) Change(ctx context.Context, key GroupKey, apply func(*AlertGro
 		instance *instance
 		group    *AlertGroup
 		err      error
+		// The same in every turn: the report was received before it could be stored.
+		received = time.Now()
 	)
 	for turns := newTurns(); turns.next(ctx, err); {
 		if group == nil {
 			// The loop stays with this instance: while Redis is down, versions are those
 			// of its memory.
 			if instance, err = s.instances.of(ctx, key); err != nil {
-				err = &StorageError{"change", err}
+				err = &StorageError{Operation: "change", Err: err}
 				continue
 			}
 			if group, err = loadOrNew(ctx, instance, key); err != nil {
@@ -133,6 +124,7 @@ func (s *Storage) Change(ctx context.Context, key GroupKey, apply func(*AlertGro
 		if err = apply(group); err != nil {
 			return nil, err
 		}
+		stamp(group, received)
 		var current *AlertGroup
 		if current, err = s.swap(ctx, instance, group); err == nil {
 			return group, nil
@@ -144,7 +136,8 @@ func (s *Storage) Change(ctx context.Context, key GroupKey, apply func(*AlertGro
 	return nil, err
 }
 
-// Load reads a group; *GroupNotFoundError if there is none.
+// Load reads a group; *GroupNotFoundError if there is none, or a *NotAuthoritativeError
+// that is one.
 func (s *Storage) Load(ctx context.Context, groupKey GroupKey) (*AlertGroup, error) {
 	var group *AlertGroup
 	err := s.read(ctx, groupKey, callTimeout, func(ctx context.Context, groups pb.GroupStateServiceClient) error {
@@ -161,7 +154,7 @@ func (s *Storage) Load(ctx context.Context, groupKey GroupKey) (*AlertGroup, err
 func (s *Storage) Delete(ctx context.Context, groupKey GroupKey) error {
 	instance, err := s.instances.of(ctx, groupKey)
 	if err != nil {
-		return &StorageError{"delete", err}
+		return &StorageError{Operation: "delete", Err: err}
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
@@ -209,10 +202,20 @@ func (s *Storage) Size(ctx context.Context) (int, error) {
 	return int(size), readFailure("size", "", err)
 }
 
-// LoadAll reads all groups, as after a restart. What could be read is returned
-// together with a *PartialError if there are groups that cannot be read, or if memory
-// has answered in place of Redis and cannot know all of them.
+// LoadAll reads all groups, as after a restart. Groups that cannot be read are left out,
+// and so may others be if memory has answered in place of Redis and cannot know all of
+// them: Config.OnPartial is told, and there is no error, since one unreadable document must
+// not keep a replica from starting. Restore says both.
 func (s *Storage) LoadAll(ctx context.Context) ([]*AlertGroup, error) {
+	all, partial, err := s.Restore(ctx)
+	if partial != nil {
+		s.onPartial(partial)
+	}
+	return all, err
+}
+
+// Restore reads all groups, and says what is missing: nil if nothing is.
+func (s *Storage) Restore(ctx context.Context) ([]*AlertGroup, *PartialError, error) {
 	var (
 		byKey   map[GroupKey]*AlertGroup
 		partial *PartialError
@@ -249,35 +252,36 @@ func (s *Storage) LoadAll(ctx context.Context) ([]*AlertGroup, error) {
 		}
 	})
 	if err != nil {
-		return nil, readFailure("load_all", "", err)
+		return nil, nil, readFailure("load_all", "", err)
 	}
 	all := make([]*AlertGroup, 0, len(byKey))
 	for _, group := range byKey {
 		all = append(all, group)
 	}
 	if len(partial.Problems) > 0 || partial.Incomplete {
-		return all, partial
+		return all, partial, nil
 	}
-	return all, nil
+	return all, nil, nil
 }
 
 // StoreAll stores groups whatever is there, and writes their new versions into the
-// structs. Those that were not stored are named by a *PartialError; the others were.
+// structs. A nil is passed over; of two groups of one key the later one is stored. Those
+// that were not stored are named by a *PartialError; the others were.
 func (s *Storage) StoreAll(ctx context.Context, groups []*AlertGroup) error {
 	partial := &PartialError{Operation: "store_all"}
 	byKey := make(map[string]*AlertGroup, len(groups))
-	batches := map[*instance][]*pb.AlertGroup{}
 	for _, group := range groups {
-		if group == nil {
-			return &StorageError{"store_all", errors.New("a group is nil")}
+		if group != nil {
+			byKey[string(group.Key)] = group
 		}
-		if byKey[string(group.Key)] != nil {
-			return &StorageError{"store_all", fmt.Errorf("group %s is there twice", group.Key)}
-		}
-		byKey[string(group.Key)] = group
+	}
+	received := time.Now()
+	batches := map[*instance][]*pb.AlertGroup{}
+	for _, group := range byKey {
+		stamp(group, received)
 		instance, err := s.instances.of(ctx, group.Key)
 		if err != nil {
-			return &StorageError{"store_all", err}
+			return &StorageError{Operation: "store_all", Err: err}
 		}
 		encoded, err := encode(group)
 		if err != nil {
@@ -295,7 +299,7 @@ func (s *Storage) StoreAll(ctx context.Context, groups []*AlertGroup) error {
 				if result.Error != nil {
 					partial.Problems = append(partial.Problems, problemOf(result.Error))
 				} else {
-					byKey[result.Key].setVersion(result.Version)
+					setVersion(byKey[result.Key], result.Version)
 				}
 			}
 		}
@@ -323,7 +327,7 @@ func (s *Storage) Ping(ctx context.Context) error {
 		}
 	}
 	if err != nil {
-		return &StorageError{"ping", err}
+		return &StorageError{Operation: "ping", Err: err}
 	}
 	return nil
 }
@@ -335,7 +339,7 @@ func (s *Storage) Ping(ctx context.Context) error {
 func (s *Storage) swap(ctx context.Context, instance *instance, group *AlertGroup) (*AlertGroup, error) {
 	encoded, err := encode(group)
 	if err != nil {
-		return nil, &StorageError{"store", err}
+		return nil, &StorageError{Operation: "store", Err: err}
 	}
 	request := &pb.CompareAndSwapRequest{Group: encoded, ExpectedVersion: group.Version}
 	if s.ttl != 0 {
@@ -348,7 +352,7 @@ func (s *Storage) swap(ctx context.Context, instance *instance, group *AlertGrou
 		return nil, writeFailure("store", group.Key, instance.noted(err))
 	}
 	if reply.Swapped {
-		group.setVersion(reply.Version)
+		setVersion(group, reply.Version)
 		return nil, nil
 	}
 	mismatch := &ErrVersionMismatch{Key: group.Key, ExpectedVersion: group.Version, ActualVersion: reply.Version}
@@ -412,13 +416,6 @@ func lengthOfBatch(groups []*pb.AlertGroup) int {
 		}
 	}
 	return len(groups)
-}
-
-func (g *AlertGroup) setVersion(version int64) {
-	g.Version = version
-	if g.Metadata != nil {
-		g.Metadata.Version = version
-	}
 }
 
 // read gets something from an instance. Reads may be repeated, so the next one is

@@ -1,9 +1,9 @@
-"""A client of groupstate in Python: copy it, it is meant to be changed.
+"""The client.
 
-Top to bottom: the stubs, the numbers, what can go wrong, which instance a key
-belongs to, one instance, and the client itself. `example.py` beside it uses it.
+Top to bottom: the numbers, what can go wrong, which instance a key belongs to, one
+instance, and the client itself.
 
-What to keep when you change it:
+What to know when you use it, or write one of your own:
 
 - A group that others change too is changed by `Client.change` alone: a loop of
   CompareAndSwap that applies the change *again* to what is stored by then.
@@ -14,30 +14,26 @@ What to keep when you change it:
   been written is said to be so.
 """
 
+from __future__ import annotations
+
 import contextlib
-import pathlib
 import random
 import socket
-import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any, Optional, TypeVar
 
 import grpc
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-# === The stubs ===
-#
-# They are made from the proto when this module is imported, which needs
-# grpcio-tools. A program that is shipped brings them along instead:
-#
-#     python -m grpc_tools.protoc -I proto --python_out=. --grpc_python_out=. \
-#         groupstate/v1/group_state.proto
-#     from groupstate.v1 import group_state_pb2 as pb, group_state_pb2_grpc as services
+from groupstate.v1 import group_state_pb2 as pb
+from groupstate.v1 import group_state_pb2_grpc as services
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "proto"))
-pb, services = grpc.protos_and_services("groupstate/v1/group_state.proto")
+T = TypeVar("T")
 
 # === The numbers ===
 
@@ -85,7 +81,15 @@ CHANNEL_OPTIONS = [
 class Failure(Exception):
     """The service refuses a call, and surely has not done what it asked for."""
 
-    def __init__(self, code, reason, message, metadata=None, fields=None, wait=None):
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        reason: Optional[str],
+        message: Optional[str],
+        metadata: Optional[dict[str, str]] = None,
+        fields: Optional[dict[str, str]] = None,
+        wait: Optional[float] = None,
+    ) -> None:
         super().__init__(f"{code.name} {reason or ''}: {message}")
         self.code = code
         # A name of ErrorReason in the proto, such as "GROUP_NOT_FOUND".
@@ -102,7 +106,7 @@ class NotFound(Failure):
     """No group at this key, or it has expired."""
 
     @property
-    def authoritative(self):
+    def authoritative(self) -> bool:
         """False if memory answers, which cannot know what others hold: who has
         seen the group must not forget it then."""
         return self.metadata.get("authoritative") != "false"
@@ -116,7 +120,7 @@ class OutcomeUnknown(Failure):
 class Unreachable(Failure):
     """No instance can be reached, so nothing was sent."""
 
-    def __init__(self, addresses):
+    def __init__(self, addresses: Iterable[str]) -> None:
         message = f"no instance can be reached: {', '.join(addresses)}"
         super().__init__(grpc.StatusCode.UNAVAILABLE, None, message, wait=FIRST_BACKOFF)
 
@@ -126,7 +130,7 @@ class Unreachable(Failure):
 UNKNOWN = {None, "OUTCOME_UNKNOWN", "DEADLINE_EXCEEDED", "CANCELLED", "INTERNAL"}
 
 
-def failure_of(error):
+def failure_of(error: grpc.RpcError) -> Failure:
     """The failure that a `grpc.RpcError` stands for, with all its details."""
     info = error_details_pb2.ErrorInfo()
     bad_request = error_details_pb2.BadRequest()
@@ -149,7 +153,7 @@ def failure_of(error):
     return kind(error.code(), reason, error.details(), metadata, fields, wait)
 
 
-def attempts():
+def attempts() -> Iterator[None]:
     """The turns of a loop that tries again, each after a pause. Its length is
     random, so that two clients which have met once do not go on meeting."""
     give_up_at, longest = time.monotonic() + PATIENCE, FIRST_BACKOFF
@@ -176,7 +180,7 @@ def attempts():
 U64 = 2**64 - 1
 
 
-def score(address, key):
+def score(address: str, key: str) -> int:
     """FNV-1a, which every language can do, and behind it the finalizer of
     MurmurHash3: FNV alone leaves the high bits of similar addresses alike."""
     h = 0xCBF29CE484222325
@@ -187,12 +191,12 @@ def score(address, key):
     return h ^ h >> 33
 
 
-def rank(addresses, key):
+def rank(addresses: Iterable[str], key: str) -> list[str]:
     """All addresses; the first one serves the key, the next one if it is down."""
     return sorted(addresses, key=lambda address: (-score(address, key), address))
 
 
-def resolve(targets):
+def resolve(targets: Iterable[str]) -> set[str]:
     """The addresses behind targets such as "groupstate.alert-history.svc:50051"."""
     addresses = set()
     for target in targets:
@@ -210,7 +214,7 @@ def resolve(targets):
 class Instance:
     """A connection to one instance of the service."""
 
-    def __init__(self, address):
+    def __init__(self, address: str) -> None:
         self.address = address
         self.channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
         self.groups = services.GroupStateServiceStub(self.channel)
@@ -218,21 +222,21 @@ class Instance:
         self._connected = False
         self.channel.subscribe(self._notice)
 
-    def _notice(self, state):
+    def _notice(self, state: grpc.ChannelConnectivity) -> None:
         self._connected = state == grpc.ChannelConnectivity.READY
 
-    def call(self, method, request, timeout=CALL_TIMEOUT):
+    def call(self, method: Any, request: Any, timeout: float = CALL_TIMEOUT) -> Any:
         """The reply of a call, or its `Failure`."""
         with self._failures():
             return method(request, timeout=timeout)
 
-    def stream(self, method, request, timeout):
+    def stream(self, method: Any, request: Any, timeout: float) -> Iterator[Any]:
         """The replies of a call, and at their end its `Failure`, if any."""
         with self._failures():
             yield from method(request, timeout=timeout)
 
     @contextlib.contextmanager
-    def _failures(self):
+    def _failures(self) -> Iterator[None]:
         try:
             yield
         except grpc.RpcError as error:
@@ -241,7 +245,7 @@ class Instance:
                 self._connected = False  # or it hangs: ask before the next call
             raise failure from error
 
-    def is_up(self):
+    def is_up(self) -> bool:
         """Whether a call can be sent. Where that is in doubt, a question about health
         is sent before: of a write it could not be told whether it has arrived."""
         if not self._connected:
@@ -251,7 +255,7 @@ class Instance:
                 return False
         return self._connected
 
-    def has_redis(self):
+    def has_redis(self) -> bool:
         """Whether this instance gets its answers from Redis, not from its own memory.
         One that was started without Redis does not know this name."""
         try:
@@ -261,7 +265,7 @@ class Instance:
                 return False
             raise
 
-    def _is_serving(self, service):
+    def _is_serving(self, service: str) -> bool:
         request = health_pb2.HealthCheckRequest(service=service)
         reply = self.call(self.health.Check, request, CONNECT_TIMEOUT)
         return reply.status == health_pb2.HealthCheckResponse.SERVING
@@ -277,31 +281,36 @@ class Client:
     headless Service of Kubernetes.
     """
 
-    def __init__(self, targets):
-        self._targets = targets
-        self._known = resolve(targets)
+    def __init__(self, targets: Iterable[str]) -> None:
+        self._targets = list(targets)
+        self._known = resolve(self._targets)
         self._resolved_at = time.monotonic()
-        self._instances = {}
+        self._instances: dict[str, Instance] = {}
         self._lock = threading.Lock()
 
-    def __enter__(self):
+    def __enter__(self) -> Client:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
         self.close()
 
-    def close(self):
+    def close(self) -> None:
         for instance in self._instances.values():
             instance.channel.close()
 
     # Groups
 
-    def load(self, key):
+    def load(self, key: str) -> pb.LoadResponse:
         """A `LoadResponse`; `NotFound` if there is no such group."""
         request = pb.LoadRequest(key=key, include_expire_time=True)
         return self._read(key, lambda i: i.call(i.groups.Load, request))
 
-    def store(self, group, **expiry):
+    def store(self, group: pb.AlertGroup, **expiry: Any) -> pb.StoreResponse:
         """Stores a group whatever is there: for groups that nobody else changes.
         It expires after `ttl={"seconds": 3600}`, as before with `keep_ttl=True`, or
         after the server's default. `OutcomeUnknown` says that it may or may not have
@@ -310,13 +319,17 @@ class Client:
         instance = self._instance_of(group.key)
         return instance.call(instance.groups.Store, request)
 
-    def delete(self, key, expected_version=None):
+    def delete(
+        self, key: str, expected_version: Optional[int] = None
+    ) -> pb.DeleteResponse:
         """Deletes a group, or that version of it only."""
         request = pb.DeleteRequest(key=key, expected_version=expected_version)
         instance = self._instance_of(key)
         return instance.call(instance.groups.Delete, request)
 
-    def change(self, key, apply, **expiry):
+    def change(
+        self, key: str, apply: Callable[[pb.AlertGroup], object], **expiry: Any
+    ) -> pb.CompareAndSwapResponse:
         """Changes a group that others change at the same moment, and loses nothing.
 
         `apply` gets the group as it is, or a new one without alerts, and changes it
@@ -363,7 +376,7 @@ class Client:
 
     # All groups. While Redis is down, each instance knows its own only.
 
-    def list_keys(self, prefix="", page_size=0):
+    def list_keys(self, prefix: str = "", page_size: int = 0) -> set[str]:
         """The keys of all groups, page by page."""
 
         def listing(instance):
@@ -381,7 +394,9 @@ class Client:
 
         return self._read(prefix, listing)
 
-    def load_all(self, prefix=""):
+    def load_all(
+        self, prefix: str = ""
+    ) -> tuple[dict[str, pb.AlertGroup], list[pb.GroupError], pb.LoadAllSummary]:
         """All groups by key, the problems, and the summary, as after a restart.
 
         Look at all three: a problem is a group that is stored and cannot be read,
@@ -406,7 +421,7 @@ class Client:
 
         return self._read(prefix, loading)
 
-    def redis_health(self):
+    def redis_health(self) -> dict[str, bool]:
         """Whether Redis answers, by the address of each instance that is up. Calls
         are answered either way: this is for a dashboard, not for a decision."""
         instances = [self._instance(address) for address in self._addresses()]
@@ -414,7 +429,7 @@ class Client:
 
     # Instances
 
-    def _read(self, key, read):
+    def _read(self, key: str, read: Callable[[Instance], T]) -> T:
         """What `read` gets from an instance. Reads may be repeated, so the next
         instance is asked when one does not answer."""
         failure = None
@@ -432,10 +447,10 @@ class Client:
                 time.sleep(refused.wait)
         raise failure
 
-    def _instance_of(self, key):
+    def _instance_of(self, key: str) -> Instance:
         return next(self._instances_of(key))
 
-    def _instances_of(self, key):
+    def _instances_of(self, key: str) -> Iterator[Instance]:
         """The instances that are up, as they rank for a key."""
         addresses = rank(self._addresses(), key)
         some_is_up = False
@@ -447,7 +462,7 @@ class Client:
         if not some_is_up:
             raise Unreachable(addresses)
 
-    def _addresses(self):
+    def _addresses(self) -> set[str]:
         """What the targets stand for, or did a short while ago."""
         with self._lock:
             if time.monotonic() > self._resolved_at + RESOLVE_EVERY:
@@ -456,7 +471,7 @@ class Client:
                 threading.Thread(target=self._resolve, daemon=True).start()
             return self._known
 
-    def _resolve(self):
+    def _resolve(self) -> None:
         try:
             known = resolve(self._targets)
         except OSError:
@@ -467,14 +482,14 @@ class Client:
         for instance in gone:
             instance.channel.close()
 
-    def _instance(self, address):
+    def _instance(self, address: str) -> Instance:
         with self._lock:
             if address not in self._instances:
                 self._instances[address] = Instance(address)
             return self._instances[address]
 
 
-def load_or_new(instance, key):
+def load_or_new(instance: Instance, key: str) -> tuple[pb.AlertGroup, int]:
     """A group and the version to expect when it is swapped; 0 creates it."""
     try:
         request = pb.LoadRequest(key=key)

@@ -1,6 +1,6 @@
 // What a replica does with groups, told as a story. Start the service, then:
 //
-//	go run ./demo localhost:50051
+//	go run . localhost:50051
 package main
 
 import (
@@ -15,16 +15,16 @@ import (
 
 	"google.golang.org/grpc"
 
-	grouping "github.com/groupstate/groupstate/examples/go"
+	groupstate "github.com/groupstate/groupstate/clients/go"
 )
 
-const key = grouping.GroupKey("alertname=DiskFull,cluster=go")
+const key = groupstate.GroupKey("alertname=DiskFull,cluster=go")
 
 // report is the change "this alert was reported", to be applied to any state of its
-// group. Reports come in any order, and a lost race applies one again over later
-// ones: so the later report of an alert counts, not the one that is applied last.
-func report(alert *grouping.Alert) func(*grouping.AlertGroup) error {
-	return func(group *grouping.AlertGroup) error {
+// group. A lost race applies a report again over later ones: so the one that was
+// received last counts, not the one that is applied last.
+func report(alert *groupstate.Alert) func(*groupstate.AlertGroup) error {
+	return func(group *groupstate.AlertGroup) error {
 		if known := group.Alerts[alert.Fingerprint]; known == nil || !isLater(known, alert) {
 			group.Alerts[alert.Fingerprint] = alert
 		}
@@ -51,37 +51,53 @@ func report(alert *grouping.Alert) func(*grouping.AlertGroup) error {
 	}
 }
 
-// isLater orders the reports of one alert, by StartsAt, Timestamp, resolved over firing.
-func isLater(a, b *grouping.Alert) bool {
-	if !a.StartsAt.Equal(b.StartsAt) {
-		return a.StartsAt.After(b.StartsAt)
+// isLater orders the reports of one alert: by Timestamp, when each was received;
+// resolved over firing; then by StartsAt. One without a Timestamp comes before all
+// that have one; of two without, the later EndsAt counts, or StartsAt.
+//
+// StartsAt does not decide first: that of a running alert moves backwards when
+// Alertmanager hears of a second Prometheus that fired earlier.
+func isLater(a, b *groupstate.Alert) bool {
+	if (a.Timestamp == nil) != (b.Timestamp == nil) {
+		return b.Timestamp == nil
 	}
-	if at, bt := timestamp(a), timestamp(b); !at.Equal(bt) {
+	if at, bt := received(a), received(b); !at.Equal(bt) {
 		return at.After(bt)
 	}
-	return a.Status == "resolved" && b.Status == "firing"
-}
-
-func timestamp(alert *grouping.Alert) time.Time {
-	if alert.Timestamp == nil {
-		return time.Time{}
+	if a.Status != b.Status {
+		return a.Status == "resolved"
 	}
-	return *alert.Timestamp
+	return a.StartsAt.After(b.StartsAt)
 }
 
-func alert(fingerprint string, status grouping.AlertStatus, startsAt int64) *grouping.Alert {
-	return &grouping.Alert{
+func received(alert *groupstate.Alert) time.Time {
+	switch {
+	case alert.Timestamp != nil:
+		return *alert.Timestamp
+	case alert.EndsAt != nil:
+		return *alert.EndsAt
+	default:
+		return alert.StartsAt
+	}
+}
+
+// alert is a report of an alert, received so many minutes ago.
+func alert(fingerprint string, status groupstate.AlertStatus, minutesAgo time.Duration) *groupstate.Alert {
+	now := time.Now()
+	timestamp := now.Add(-minutesAgo * time.Minute)
+	return &groupstate.Alert{
 		Fingerprint: fingerprint,
 		AlertName:   "DiskFull",
 		Status:      status,
 		Labels:      map[string]string{"alertname": "DiskFull", "cluster": "go", "disk": fingerprint},
-		StartsAt:    time.Unix(startsAt, 0),
+		StartsAt:    now.Add(-time.Hour),
+		Timestamp:   &timestamp,
 	}
 }
 
 func main() {
 	ctx := context.Background()
-	storage, err := grouping.NewStorage(grouping.Config{
+	storage, err := groupstate.NewStorage(groupstate.Config{
 		Targets: os.Args[1:],
 		// Since grpc 1.34: grpc.WithTransportCredentials(insecure.NewCredentials()).
 		DialOptions: []grpc.DialOption{grpc.WithInsecure()},
@@ -95,7 +111,7 @@ func main() {
 		replicas.Add(1)
 		go func(n int) {
 			defer replicas.Done()
-			_, err := storage.Change(ctx, key, report(alert(fmt.Sprintf("disk-%d", n), "firing", 1_000)))
+			_, err := storage.Change(ctx, key, report(alert(fmt.Sprintf("disk-%d", n), "firing", 10)))
 			must(err)
 		}(n)
 	}
@@ -106,26 +122,23 @@ func main() {
 
 	// Two have loaded the same version, and only one of them can store it.
 	ours, theirs := group, group.Clone()
-	must(report(alert("disk-1", "resolved", 2_000))(theirs))
+	must(report(alert("disk-1", "resolved", 1))(theirs))
 	must(storage.Store(ctx, theirs))
-	must(report(alert("disk-2", "resolved", 2_000))(ours))
-	var mismatch *grouping.ErrVersionMismatch
+	must(report(alert("disk-2", "resolved", 1))(ours))
+	var mismatch *groupstate.ErrVersionMismatch
 	if err := storage.Store(ctx, ours); !errors.As(err, &mismatch) {
 		log.Fatalf("should have lost the race: %v", err)
 	}
 	fmt.Println("lost race:", mismatch.ActualVersion == theirs.Version)
 
 	// The change once more, on what is stored now.
-	group, err = storage.Change(ctx, key, report(alert("disk-2", "resolved", 2_000)))
+	group, err = storage.Change(ctx, key, report(alert("disk-2", "resolved", 1)))
 	must(err)
 	fmt.Println("state:", group.Metadata.State, "with", group.Metadata.ResolvedCount, "resolved")
 
 	// After a restart: all groups, and what could not be read.
-	groups, err := storage.LoadAll(ctx)
-	var partial *grouping.PartialError
-	if err != nil && !errors.As(err, &partial) {
-		log.Fatal(err)
-	}
+	groups, partial, err := storage.Restore(ctx)
+	must(err)
 	for _, group := range groups {
 		if strings.HasSuffix(string(group.Key), ",cluster=go") {
 			fmt.Println("restored:", group.Key)

@@ -1,6 +1,6 @@
 // What a healthy service seldom does, by a server of our own that does it at once.
 
-package grouping
+package groupstate
 
 import (
 	"context"
@@ -15,7 +15,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 
-	pb "github.com/groupstate/groupstate/examples/go/groupstatev1"
+	pb "github.com/groupstate/groupstate/clients/go/groupstatev1"
 )
 
 // fake answers the calls that a test has set, each time by the next answer.

@@ -4,7 +4,7 @@
 // its own memory; a client that goes from one to the other, as a round robin does,
 // compares the versions of one memory with those of another and loses every race.
 
-package grouping
+package groupstate
 
 import (
 	"context"
@@ -24,7 +24,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 
-	pb "github.com/groupstate/groupstate/examples/go/groupstatev1"
+	pb "github.com/groupstate/groupstate/clients/go/groupstatev1"
 )
 
 const (
