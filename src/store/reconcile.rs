@@ -18,7 +18,7 @@ use futures::{
 use super::{
     Deadline, Expiry, StoreError, Written,
     documents::{Condition, Write, WriteOutcome},
-    memory::{Changed, MemoryStore, Ours, Pending, Shown},
+    memory::{Changed, MemoryStore, Ours, Pending, Shown, Ticket},
     redis::{Cause, LostDocument, NotDone, Offered, RedisStore, Trail},
 };
 use crate::{
@@ -240,10 +240,10 @@ impl Carrier {
     /// Puts back what Redis may have lost.
     async fn put_back(&self, lost: &Lost<'_>) -> Result<(), NotDone> {
         let key = &lost.document.key;
-        if self.restore(lost, None).await? {
+        let ticket = self.memory.ticket();
+        if self.restore(lost, None, ticket).await? {
             return Ok(());
         }
-        let ticket = self.memory.ticket();
         let known_bytes = lost.document.json.len();
         let found = self
             .redis
@@ -255,7 +255,7 @@ impl Carrier {
         }) = found
         {
             // It was not read: what is there stays.
-            self.memory.offered(key, lost.version, false);
+            self.memory.offered(key, lost.version, false, ticket);
             return Ok(());
         }
         let Some(found) = found? else {
@@ -272,19 +272,19 @@ impl Carrier {
                 || stored > lost.version && (is_ours || Some(stored) <= lost.last_heard)
         };
         let (Some(theirs), Some(stored)) = (theirs, stored.filter(|it| !comes_of_it(*it))) else {
-            self.memory.offered(key, lost.version, false);
+            self.memory.offered(key, lost.version, false, ticket);
             self.memory.learn(key, Shown::by_read(Some(&found)), ticket);
             return Ok(());
         };
         let is_ancestor = stored < lost.version && (is_ours || lost.ours.replaced == Some(stored));
         if is_ancestor {
-            return self.restore(lost, Some(stored)).await.map(|_| ());
+            return self.restore(lost, Some(stored), ticket).await.map(|_| ());
         }
         // Two histories: an acknowledged write is in each of them.
         let ours = lost.document.parse().map_err(StoreError::Unreadable)?;
         let merged = ours.merge(theirs.clone());
         if merged.group.alerts == theirs.alerts && same_metadata(&merged.group, &theirs) {
-            self.memory.offered(key, lost.version, false);
+            self.memory.offered(key, lost.version, false, ticket);
             self.memory.learn(key, Shown::by_read(Some(&found)), ticket);
             return Ok(());
         }
@@ -299,7 +299,6 @@ impl Carrier {
         } else {
             lost.left
         };
-        let ticket = self.memory.ticket();
         let merged_document = LostDocument {
             document: &document,
             left,
@@ -309,7 +308,7 @@ impl Carrier {
             .restore_document(&merged_document, Some(stored), Deadline::NONE)
             .await?;
         if matches!(restored, Offered::PutBack) {
-            self.memory.offered(key, lost.version, false);
+            self.memory.offered(key, lost.version, false, ticket);
             let shown = Shown::Document {
                 json: document.json,
                 version,
@@ -327,7 +326,12 @@ impl Carrier {
 
     /// Puts back a lost document in place of one version, or of nothing. False if
     /// something else is stored.
-    async fn restore(&self, lost: &Lost<'_>, replaces: Option<Version>) -> Result<bool, NotDone> {
+    async fn restore(
+        &self,
+        lost: &Lost<'_>,
+        replaces: Option<Version>,
+        ticket: Ticket,
+    ) -> Result<bool, NotDone> {
         let document = LostDocument {
             document: lost.document,
             left: lost.left,
@@ -344,7 +348,8 @@ impl Carrier {
             Offered::Kept(stored) => stored == Some(lost.version),
         };
         if is_there {
-            self.memory.offered(&lost.document.key, lost.version, true);
+            self.memory
+                .offered(&lost.document.key, lost.version, true, ticket);
         }
         Ok(is_there)
     }
@@ -357,12 +362,13 @@ impl Carrier {
         version: Version,
         found_at: Option<Version>,
     ) -> Result<(), NotDone> {
+        let ticket = self.memory.ticket();
         let found = self
             .redis
             .read_document(key, false, 0, Deadline::NONE)
             .await?;
         let Some(found) = found else {
-            self.memory.offered(key, version, true);
+            self.memory.offered(key, version, true, ticket);
             return Ok(());
         };
         let group = found.document.parse().ok();
@@ -372,7 +378,7 @@ impl Carrier {
         let is_older = stored < Some(version) && (found_at.is_none() || stored < found_at);
         let is_before = stored == Some(version) || is_older;
         if !is_before || !found.document.has_write_id() {
-            self.memory.offered(key, version, false);
+            self.memory.offered(key, version, false, ticket);
             return Ok(());
         }
         let trail = Trail::default();
@@ -384,7 +390,7 @@ impl Carrier {
             trail.end().await;
         }
         if deleted?.deleted {
-            self.memory.offered(key, version, true);
+            self.memory.offered(key, version, true, ticket);
             telemetry::groups_deleted_again(1);
         }
         Ok(())
@@ -538,6 +544,7 @@ impl Carrier {
 
     /// Gives up a change that Redis does not take, and would never take.
     fn drop_change(&self, key: &GroupKey, error: &StoreError) {
+        let ticket = self.memory.ticket();
         match self.memory.pending(key) {
             Some(Pending::Changed { changed, .. }) => {
                 self.memory.carried(key, changed.change, Shown::Absent);
@@ -549,7 +556,9 @@ impl Carrier {
                     "a group that was written while Redis was down cannot be carried over and is dropped"
                 );
             }
-            Some(Pending::Unsure { version, .. }) => self.memory.offered(key, version, false),
+            Some(Pending::Unsure { version, .. }) => {
+                self.memory.offered(key, version, false, ticket)
+            }
             None => {}
         }
     }

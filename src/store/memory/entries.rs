@@ -688,8 +688,14 @@ impl Entries {
 
     /// Redis was told of the unsure `version` of a key. `holds`: what was written or
     /// deleted here is so in Redis now; otherwise something newer is, or has to be left.
-    pub fn offered(&mut self, key: &GroupKey, version: Version, holds: bool, now: Instant) {
-        let current = self.epoch;
+    pub fn offered(
+        &mut self,
+        key: &GroupKey,
+        version: Version,
+        holds: bool,
+        ticket: Ticket,
+        now: Instant,
+    ) {
         self.settle(key, now);
         if self.entry(key).map(|entry| entry.version) != Some(version) || !self.is_pending(key, now)
         {
@@ -697,9 +703,12 @@ impl Entries {
         }
         if let Some(Standing::Clean { epoch, seen, ours }) = self.table.standing_mut(key) {
             if holds {
-                (*epoch, *seen) = (current, now);
-                *ours = ours.map(|ours| Ours::new(ours.replaced));
-            } else {
+                (*epoch, *seen) = (ticket.epoch, now);
+                *ours = ours.map(|ours| Ours {
+                    is_back: false,
+                    ..ours
+                });
+            } else if ticket.epoch == self.epoch {
                 self.table.remove(key);
             }
         }

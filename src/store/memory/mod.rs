@@ -400,10 +400,12 @@ impl MemoryStore {
     }
 
     /// Redis was told of a version of a key that was written or deleted here. `holds`:
-    /// it is so in Redis now; otherwise something newer is, or has to be left.
-    pub fn offered(&self, key: &GroupKey, version: Version, holds: bool) {
+    /// it is so in Redis now; otherwise something newer is, or has to be left. `ticket` was
+    /// drawn before Redis was asked: one that has lost data since has to be told again.
+    pub fn offered(&self, key: &GroupKey, version: Version, holds: bool, ticket: Ticket) {
         let mut held = self.shared.lock();
-        held.entries.offered(key, version, holds, Instant::now());
+        let now = Instant::now();
+        held.entries.offered(key, version, holds, ticket, now);
     }
 }
 
@@ -846,7 +848,7 @@ mod tests {
         assert!(store.is_pending(&key));
         store.has_come_late().await;
         // One that Redis gave after it had been told is none of these.
-        store.offered(&key, written.version, true);
+        store.offered(&key, written.version, true, store.ticket());
         store.learn(&key, Shown::by_write(&write, &written), store.ticket());
         assert!(!store.is_pending(&key));
     }

@@ -5,7 +5,10 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{
+            AtomicU64, AtomicUsize,
+            Ordering::{Relaxed, SeqCst},
+        },
     },
     time::Duration,
 };
@@ -87,6 +90,8 @@ pub struct Known {
     /// The `run_id` of the only server, as the last connection has met it. A connection
     /// to another one is replaced: all of them lead to one server. Empty: not known.
     identity: watch::Sender<String>,
+    /// How often that was another one.
+    identities: AtomicU64,
     events: Arc<Events>,
     config: Config,
     settings: LinkSettings,
@@ -144,6 +149,7 @@ impl Link {
             clocks: Mutex::default(),
             clock,
             identity: watch::Sender::default(),
+            identities: AtomicU64::new(0),
             events,
             config,
             settings,
@@ -335,11 +341,11 @@ impl Known {
     }
 
     /// Waits until a client is connected, and until it is known to whom. From then on it
-    /// may be used. The `run_id` of the server, or nothing.
-    pub async fn meet(&self, client: &Client) -> Result<String, Error> {
+    /// may be used. The `run_id` of the server, or nothing, and [`Self::identities`].
+    pub async fn meet(&self, client: &Client) -> Result<(String, u64), Error> {
         client.wait_for_connect().await?;
         if self.is_clustered() {
-            return Ok(String::new());
+            return Ok((String::new(), self.identities()));
         }
         let info = CustomCommand::new_static("INFO", ClusterHash::Random, false);
         let info = client.custom(info, vec!["server"]).await;
@@ -355,14 +361,25 @@ impl Known {
         if let Some(server) = self.config.server.hosts().first() {
             self.met(server);
         }
+        let mut identities = self.identities();
         if !run_id.is_empty() {
             self.identity.send_if_modified(|known| {
                 let is_another = *known != run_id;
-                known.clone_from(&run_id);
+                if is_another {
+                    known.clone_from(&run_id);
+                    // From this moment on nothing is sent to the one before.
+                    self.identities.fetch_add(1, SeqCst);
+                }
+                identities = self.identities();
                 is_another
             });
         }
-        Ok(run_id)
+        Ok((run_id, identities))
+    }
+
+    /// Changes whenever a connection has met another server than the one before.
+    pub fn identities(&self) -> u64 {
+        self.identities.load(SeqCst)
     }
 
     /// Waits until another connection has met another server than this one.

@@ -31,6 +31,8 @@ pub struct Renewable {
     client: Mutex<Client>,
     /// Whether it is connected, and it is known to whom.
     is_ready: AtomicBool,
+    /// See [`Known::identities`]: when it was.
+    identities: AtomicU64,
     /// Ends the client that is used now.
     renewal: Notify,
     known: Arc<Known>,
@@ -53,6 +55,7 @@ impl Renewable {
         Arc::new(Self {
             client: Mutex::new(known.new_client()),
             is_ready: AtomicBool::new(false),
+            identities: AtomicU64::new(0),
             renewal: Notify::new(),
             known,
             answered: Answered::default(),
@@ -65,7 +68,9 @@ impl Renewable {
     }
 
     pub fn is_connected(&self) -> bool {
-        self.is_ready.load(SeqCst) && lock(&self.client).is_connected()
+        self.is_ready.load(SeqCst)
+            && self.identities.load(SeqCst) == self.known.identities()
+            && lock(&self.client).is_connected()
     }
 
     /// Replaces the client, whatever it is waiting for.
@@ -122,7 +127,8 @@ impl Renewable {
                 AbortOnDropHandle::new(tokio::spawn(self.known.clone().listen(&client)));
             let task = AbortOnDropHandle::new(client.connect());
             let is_of_use = async {
-                let run_id = self.known.meet(&client).await?;
+                let (run_id, identities) = self.known.meet(&client).await?;
+                self.identities.store(identities, SeqCst);
                 self.is_ready.store(true, SeqCst);
                 self.known.is_another(&run_id).await;
                 Ok::<(), Error>(())

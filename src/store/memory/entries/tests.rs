@@ -131,6 +131,20 @@ fn what_redis_may_have_lost_is_not_replaced_by_less_before_it_was_offered() {
     assert!(!entries.is_pending(&key("k"), now));
 }
 
+#[test]
+fn what_was_told_to_a_server_that_has_lost_data_since_is_told_again() {
+    let (mut entries, now) = entries(1 << 20);
+    let ticket = entries.ticket(now);
+    learn(&mut entries, &key("k"), written(16, None), ticket, now);
+    entries.begin_epoch(vec![Loss::ALL]);
+    for holds in [true, false] {
+        let told = entries.ticket(now);
+        entries.begin_epoch(vec![Loss::ALL]);
+        entries.offered(&key("k"), version(16), holds, told, now);
+        assert!(entries.is_pending(&key("k"), now));
+    }
+}
+
 /// While the answer was under way to a call that was sent before.
 #[test]
 fn what_was_put_back_contradicts_an_answer_of_the_epoch_before() {
@@ -140,7 +154,7 @@ fn what_was_put_back_contradicts_an_answer_of_the_epoch_before() {
     entries.begin_epoch(vec![Loss::ALL]);
     let later = now + SECOND;
     let ticket = entries.ticket(now);
-    entries.offered(&key("k"), version(32), true, later);
+    entries.offered(&key("k"), version(32), true, ticket, later);
     assert!(entries.contradicts(&key("k"), None, before, later));
     assert!(!entries.contradicts(&key("k"), None, ticket, later));
 }
@@ -357,7 +371,8 @@ fn only_what_this_instance_has_written_and_redis_may_have_lost_is_unsure() {
     learn(&mut entries, &key("new"), written(16, None), ticket, later);
     let (keys, next) = entries.pending_keys(None, 10, later);
     assert_eq!((keys, next), (vec![key("old")], None));
-    entries.offered(&key("old"), version(16), true, later);
+    let told = entries.ticket(later);
+    entries.offered(&key("old"), version(16), true, told, later);
     assert!(!entries.is_pending(&key("old"), later));
     assert_eq!(version_at(&entries, "old", later), Some(16));
 }
@@ -477,13 +492,16 @@ fn a_delete_is_unsure_like_a_write_and_can_be_doubted_again() {
     assert!(entries.contradicts(&key("k"), Some(version(16)), ticket, now));
     assert!(!entries.contradicts(&key("k"), None, ticket, now));
     assert!(!entries.contradicts(&key("k"), Some(version(17)), ticket, now));
-    entries.offered(&key("k"), version(16), true, now);
-    entries.offered(&key("l"), version(16), true, now);
+    let told = entries.ticket(now);
+    entries.offered(&key("k"), version(16), true, told, now);
+    let told = entries.ticket(now);
+    entries.offered(&key("l"), version(16), true, told, now);
     assert_eq!(entries.pending_keys(None, 10, now).0, []);
     for _ in 0..3 {
         assert!(entries.doubt_deletes());
         assert_eq!(entries.pending_keys(None, 10, now).0, [key("k")]);
-        entries.offered(&key("k"), version(16), true, now);
+        let told = entries.ticket(now);
+        entries.offered(&key("k"), version(16), true, told, now);
     }
     // What is newer has come after it.
     entries.doubt_deletes();
