@@ -42,6 +42,8 @@ struct Probe {
     shard: Shard,
     /// Of the process that it was written to.
     run_id: String,
+    /// Of the process that was found to have lost it.
+    lost_by: Option<String>,
     history: History,
 }
 
@@ -100,7 +102,12 @@ impl Probes {
                 // It throws away any key. That is told elsewhere.
                 continue;
             }
-            look.has_lost_data |= !is_there;
+            // Until the probes are renewed it is found at each look, and said once.
+            let run_id = server.map(|server| server.run_id.clone());
+            look.has_lost_data |= !is_there && (run_id.is_none() || probe.lost_by != run_id);
+            if !is_there {
+                probe.lost_by = run_id;
+            }
             look.losses.push(Loss {
                 keys: probe.shard.keys(),
                 since: found.and_then(|found| probe.history.written(found)),
@@ -113,20 +120,21 @@ impl Probes {
     }
 
     /// Writes the probes again, and new ones in place of those that are stale and for
-    /// servers that have none.
+    /// servers that have none. What fails changes nothing: the next look has to find all
+    /// that this one has found.
     pub async fn renew(&mut self, look: &Look) -> Result<(), NotDone> {
-        self.known.retain(|probe| !look.stale.contains(&probe.key));
-        if !self.rewrite().await? {
+        if !self.rewrite(&look.stale).await? {
             return Err(replaced_again());
         }
         let primaries = &look.primaries;
-        self.known
-            .retain(|probe| primaries.shard_of(&probe.key).as_ref() == Some(&probe.shard));
+        let stays = |probe: &Probe| {
+            !look.stale.contains(&probe.key)
+                && primaries.shard_of(&probe.key).as_ref() == Some(&probe.shard)
+        };
         let is_known = |key: &GroupKey| {
             let shard = primaries.shard_of(key);
-            self.known
-                .iter()
-                .any(|probe| Some(&probe.shard) == shard.as_ref())
+            let mut staying = self.known.iter().filter(|probe| stays(probe));
+            staying.any(|probe| Some(&probe.shard) == shard.as_ref())
         };
         let keys = self.redis.probe_keys(&self.instance.next_write_id());
         let new = keys.into_iter().filter(|key| !is_known(key));
@@ -134,12 +142,13 @@ impl Probes {
         let new: Vec<_> = try_join_all(new).await?;
         // Otherwise what was written may lie in either of two processes.
         let now = self.redis.primaries(Deadline::NONE).await?;
-        let all = self.known.iter().chain(&new);
+        let all = self.known.iter().filter(|probe| stays(probe)).chain(&new);
         let mut run_ids = all.map(|probe| (now.of(&probe.key), &probe.run_id));
         if run_ids.any(|(now, known)| now.is_none_or(|now| now.run_id != *known)) {
             return Err(replaced_again());
         }
         drop(run_ids);
+        self.known.retain(stays);
         self.known.extend(new);
         Ok(())
     }
@@ -147,21 +156,24 @@ impl Probes {
     /// Writes each probe again. False if one is not as it was, or a server has none.
     pub async fn refresh(&mut self) -> Result<bool, NotDone> {
         let shards = self.known.iter().map(|probe| &probe.shard);
-        Ok(self.redis.has_shards(shards) && self.rewrite().await?)
+        Ok(self.redis.has_shards(shards) && self.rewrite(&[]).await?)
     }
 
-    /// Writes each probe in place of the one that was written last. False if one of
-    /// those is not there any more.
-    async fn rewrite(&mut self) -> Result<bool, NotDone> {
+    /// Writes each probe but the stale ones in place of the one that was written last.
+    /// False if one of those is not there any more.
+    async fn rewrite(&mut self, stale: &[GroupKey]) -> Result<bool, NotDone> {
         let sent = Instant::now();
-        let writes = self.known.iter().map(|probe| {
+        let is_fresh = |probe: &Probe| !stale.contains(&probe.key);
+        let fresh = self.known.iter().filter(|probe| is_fresh(probe));
+        let writes = fresh.map(|probe| {
             let last = probe.history.last();
             let condition = last.map_or(Condition::Any, Condition::Version);
             self.write(&probe.key, condition)
         });
         let written = try_join_all(writes).await?;
         let mut all = true;
-        for (probe, version) in self.known.iter_mut().zip(written) {
+        let fresh = self.known.iter_mut().filter(|probe| is_fresh(probe));
+        for (probe, version) in fresh.zip(written) {
             match version {
                 Some(version) => probe.history.add(version, sent),
                 None => all = false,
@@ -203,6 +215,7 @@ impl Probes {
         history.add(written.ok_or_else(conflict)?, sent);
         Ok(Probe {
             run_id: server.run_id.clone(),
+            lost_by: None,
             key,
             shard,
             history,

@@ -50,8 +50,6 @@ struct Watch {
 /// The servers that we know.
 struct Known {
     probes: Probes,
-    /// What they have lost, until memory is told: the probes show it once.
-    losses: Vec<Loss>,
     /// What they do when their memory is full, as the log has said it last.
     maxmemory_policy: String,
 }
@@ -83,7 +81,6 @@ impl Recovery {
             )),
             known: tokio::sync::Mutex::new(Known {
                 probes: Probes::new(redis.for_health(), instance.clone()),
-                losses: Vec::new(),
                 maxmemory_policy: String::new(),
             }),
             pong: Mutex::new(None),
@@ -263,10 +260,10 @@ impl Watch {
         known.probes.use_all_rights().await?;
         let look = known.probes.look().await?;
         tell_of_losses(&look);
-        known.losses.extend(look.losses.iter().cloned());
+        // If this fails, the next look finds them again.
         known.probes.renew(&look).await?;
         self.check_policy(&mut known, &look);
-        Ok(std::mem::take(&mut known.losses))
+        Ok(look.losses)
     }
 
     fn check_policy(&self, known: &mut Known, look: &Look) {

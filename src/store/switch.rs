@@ -167,6 +167,10 @@ impl Switch {
         let now = Instant::now();
         let open_for = now - inner.breaker.since();
         if !inner.breaker.probe_succeeds(Probe::Write, now) {
+            // The probes show them once.
+            if !losses.is_empty() {
+                self.memory.doubt(losses);
+            }
             return;
         }
         // Before anybody can know that Redis answers again: a change that memory
