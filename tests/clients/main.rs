@@ -164,7 +164,12 @@ fn every_call(grpcurl: &Grpcurl, backend: &str) {
     let absent = grpcurl.call("Delete", json!({"key": key}));
     assert_eq!(
         absent,
-        json!({"deleted": false, "version": "0", "backend": backend})
+        json!({
+            "deleted": false,
+            "version": "0",
+            "backend": backend,
+            "authoritative": backend == "BACKEND_REDIS",
+        })
     );
 }
 
