@@ -665,8 +665,8 @@ impl CallTime {
         if self.turns == 1 {
             return Ok(());
         }
-        if let Some(doublings @ 0..) = self.turns.checked_sub(3) {
-            let pause = Self::FIRST_PAUSE * (1 << doublings.min(5));
+        if self.turns > 2 {
+            let pause = Self::FIRST_PAUSE * (1 << (self.turns - 3).min(16));
             tokio::time::sleep(pause.min(Self::LONGEST_PAUSE)).await;
         }
         if Instant::now() >= self.end {

@@ -579,7 +579,7 @@ impl Entries {
     }
 
     fn pending_entry(&self, key: &GroupKey, entry: &Entry, now: Instant) -> bool {
-        let entry = entry.remains(now);
+        let entry = entry.as_of(now);
         match &entry.standing {
             Standing::Dirty { .. } => entry.expires > now || entry.leaves_tombstone(now).is_some(),
             Standing::Clean { ours: None, .. } => false,
@@ -587,14 +587,10 @@ impl Entries {
                 ours: Some(Ours { is_back: true, .. }),
                 ..
             } => entry.expires > now,
-            Standing::Clean { epoch, seen, .. } if entry.expires > now => {
+            Standing::Clean { epoch, seen, .. } => {
                 let is_deleted = matches!(entry.content, Content::Deleted);
-                self.losses.may_hold(key, *epoch, *seen, is_deleted)
+                entry.expires > now && self.losses.may_hold(key, *epoch, *seen, is_deleted)
             }
-            // It was not yet swept.
-            Standing::Clean { .. } => entry
-                .trace_of_expired()
-                .is_some_and(|trace| self.pending_entry(key, &trace, now)),
         }
     }
 
@@ -626,13 +622,8 @@ impl Entries {
     pub fn pending(&self, key: &GroupKey, now: Instant) -> Option<Pending> {
         let entry = self
             .entry(key)
-            .map(|entry| entry.remains(now))
+            .map(|entry| entry.as_of(now))
             .filter(|entry| self.pending_entry(key, entry, now))?;
-        // It was not yet swept.
-        let expired = (entry.expires <= now)
-            .then(|| entry.trace_of_expired())
-            .flatten();
-        let entry = expired.as_ref().unwrap_or(entry);
         let document = match &entry.content {
             Content::Document(json) if entry.expires > now => Some(Document {
                 key: key.clone(),
@@ -649,7 +640,7 @@ impl Entries {
             }),
             Standing::Clean { epoch, ours, .. } => Some(Pending::Unsure {
                 left: match document {
-                    Some(_) => self.expiry_of(entry).map(|expires| expires - now),
+                    Some(_) => self.expiry_of(&entry).map(|expires| expires - now),
                     None => None,
                 },
                 document,

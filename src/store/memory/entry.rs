@@ -1,6 +1,6 @@
 //! One entry of the memory store, and what it knows of Redis.
 
-use std::time::Duration;
+use std::{borrow::Cow, time::Duration};
 
 use bytes::Bytes;
 use tokio::time::Instant;
@@ -192,16 +192,18 @@ impl Entry {
         }
     }
 
-    /// What is left of an entry: of a change that has expired and leaves no tombstone what
-    /// was there before it.
-    pub fn remains(&self, now: Instant) -> &Self {
+    /// What is left of an entry by now, be it swept or not: of a change that has expired
+    /// and leaves no tombstone what was there before it.
+    pub fn as_of(&self, now: Instant) -> Cow<'_, Self> {
         match &self.standing {
-            Standing::Dirty { changed, .. }
-                if self.expires <= now && self.leaves_tombstone(now).is_none() =>
-            {
-                changed.before.as_deref().unwrap_or(self)
-            }
-            _ => self,
+            _ if self.expires > now => Cow::Borrowed(self),
+            Standing::Clean { .. } => self
+                .trace_of_expired()
+                .map_or(Cow::Borrowed(self), Cow::Owned),
+            Standing::Dirty { changed, .. } => match &changed.before {
+                Some(before) if self.leaves_tombstone(now).is_none() => before.as_of(now),
+                _ => Cow::Borrowed(self),
+            },
         }
     }
 

@@ -200,11 +200,12 @@ impl Table {
     ///
     /// To be called before an entry is changed. `epoch`: the one that goes on.
     pub fn settle(&mut self, key: &GroupKey, epoch: u64, now: Instant) {
-        let (base, before) = match self.by_key.get_mut(key).map(|entry| &mut entry.standing) {
-            Some(standing) if standing.is_before(self.generation) => match standing {
-                Standing::Dirty { changed, .. } => (changed.base, changed.before.clone()),
-                Standing::Clean { .. } => return,
-            },
+        let (base, before) = match self.by_key.get(key).map(|entry| &entry.standing) {
+            Some(standing @ Standing::Dirty { changed, .. })
+                if standing.is_before(self.generation) =>
+            {
+                (changed.base, changed.before.clone())
+            }
             _ => return,
         };
         self.remove(key);
