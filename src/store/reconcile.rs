@@ -266,18 +266,13 @@ impl Carrier {
         let theirs = found.document.parse().ok();
         let stored = theirs.as_ref().and_then(|theirs| theirs.metadata.version);
         let is_ours = found.document.was_written_by_one_of(&self.instance);
-        let comes_of_it = |stored: Version| {
-            // What has survived, and what this instance has written since, comes of it.
-            stored == lost.version
-                || stored > lost.version && (is_ours || Some(stored) <= lost.last_heard)
-        };
-        let (Some(theirs), Some(stored)) = (theirs, stored.filter(|it| !comes_of_it(*it))) else {
+        let comes_of_it = |stored: &Version| lost.is_before(*stored, is_ours);
+        let (Some(theirs), Some(stored)) = (theirs, stored.filter(|it| !comes_of_it(it))) else {
             self.memory.offered(key, lost.version, false, ticket);
             self.memory.learn(key, Shown::by_read(Some(&found)), ticket);
             return Ok(());
         };
-        let is_ancestor = stored < lost.version && (is_ours || lost.ours.replaced == Some(stored));
-        if is_ancestor {
+        if lost.comes_of(stored, is_ours) {
             return self.restore(lost, Some(stored), ticket).await.map(|_| ());
         }
         // Two histories: an acknowledged write is in each of them.
@@ -593,6 +588,20 @@ struct Lost<'a> {
     last_heard: Option<Version>,
 }
 
+impl Lost<'_> {
+    /// Whether what is stored comes of it: what has survived, and what this instance has
+    /// written since. Others may have written since without knowing of it.
+    fn is_before(&self, stored: Version, is_ours: bool) -> bool {
+        stored == self.version
+            || stored > self.version && (is_ours || Some(stored) <= self.last_heard)
+    }
+
+    /// Whether it comes of what is stored.
+    fn comes_of(&self, stored: Version, is_ours: bool) -> bool {
+        stored < self.version && (is_ours || self.ours.replaced == Some(stored))
+    }
+}
+
 impl Drop for Running {
     fn drop(&mut self) {
         let running = &self.carrier.running;
@@ -670,6 +679,45 @@ mod tests {
         ] {
             let step = next_step(Some(&ours), &changed(), &theirs, false);
             assert_eq!(step, Step::Carry(condition));
+        }
+    }
+
+    #[test]
+    fn what_was_lost_comes_before_what_has_survived_and_after_what_it_replaced() {
+        let document = Document {
+            key: GroupKey::new("k").unwrap(),
+            json: Default::default(),
+        };
+        let lost = Lost {
+            document: &document,
+            version: version(64),
+            left: None,
+            ours: Ours::new(Some(version(48))),
+            last_heard: Some(version(100)),
+        };
+        let of_others = |stored| {
+            let stored = version(stored);
+            (lost.is_before(stored, false), lost.comes_of(stored, false))
+        };
+        assert_eq!(of_others(64), (true, false));
+        assert_eq!(of_others(96), (true, false), "it has survived");
+        assert_eq!(of_others(112), (false, false), "after the loss");
+        assert_eq!(of_others(48), (false, true), "what it replaced");
+        assert_eq!(of_others(32), (false, false), "of two histories");
+        assert!(lost.is_before(version(112), true) && lost.comes_of(version(32), true));
+        let unknown = Lost {
+            last_heard: None,
+            ..lost
+        };
+        assert!(!unknown.is_before(version(96), false));
+    }
+
+    #[test]
+    fn a_merge_that_is_put_back_is_hardly_newer_than_what_it_merges() {
+        for before in [1, 64, 1_795_869_119_194_496] {
+            let after = just_after(version(before)).get();
+            assert!((1..=16 * 65).contains(&(after - before)), "{after}");
+            assert!((1..8).contains(&(after % 16)), "{after}");
         }
     }
 

@@ -214,6 +214,33 @@ async fn a_delete_of_another_instance_is_not_undone() {
     assert_eq!(listed(&mut scene.client).await, 0);
 }
 
+/// Two instances put back what they have written, which is merged, and a third one had
+/// deleted it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_merged_when_it_is_put_back_is_deleted_again() {
+    const GROUPS: usize = 20;
+    let mut scene = Scene::new(RECONCILE).await;
+    let (_second, mut second) = scene.other(RECONCILE).await;
+    let (deleter, mut third) = scene.other(RECONCILE).await;
+    let groups = || (0..GROUPS).map(|i| format!("k/{i}"));
+    for key in groups() {
+        scene.store(&key, &["a"]).await;
+        store(&mut second, &key, &["b"]).await;
+    }
+    for key in groups() {
+        assert!(delete(&mut third, &key).await.deleted);
+    }
+    scene.redis.restart().await;
+    has_noticed(&scene.service, 1.0).await;
+    has_noticed(&deleter, 1.0).await;
+    let redis = scene.redis_client().await;
+    wait_until("all are deleted again", DELETED_WITHIN, async || {
+        let again = deleter.metric("groups_deleted_again_total").await;
+        again >= GROUPS as f64 && keys_in(&mut redis.clone()).await.is_empty()
+    })
+    .await;
+}
+
 /// One instance puts back what it has written for a day, and another one had let it
 /// expire.
 #[tokio::test(flavor = "multi_thread")]
