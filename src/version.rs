@@ -47,8 +47,12 @@ struct Instance {
     next_write: AtomicU64,
 }
 
-/// What time it is in Redis, as far as it was heard. It goes on by our monotonic clock,
-/// so that a wall clock that is set here changes nothing. Cheap to clone.
+/// What time it is in Redis, as far as it was heard: what versions are made of.
+///
+/// It goes on by our monotonic clock, so that a wall clock that is set here changes
+/// nothing. And it never goes back, though the clock of Redis may be set back, or a server
+/// whose clock is behind take over: no version is made of a time that has been. Cheap to
+/// clone.
 #[derive(Clone, Debug)]
 pub struct RedisClock(Arc<Heard>);
 
@@ -180,14 +184,19 @@ impl InstanceId {
 impl RedisClock {
     const NEVER: i64 = i64::MIN;
 
+    /// It goes on slower than time by one part in so many, so that it does not run away
+    /// from a clock that is a little slower than ours: NTP slews by half of this. One that
+    /// was set back is waited for, a thousand times as long.
+    const SLOWER_BY: i64 = 1_000;
+
     /// Takes in what time it was in Redis not after `received`.
     pub fn hear(&self, received: Instant, redis_micros: i64) {
         let at_start = redis_micros.saturating_sub(self.since_start(received));
-        self.0.at_start.store(at_start, Ordering::Relaxed);
+        self.0.at_start.fetch_max(at_start, Ordering::Relaxed);
     }
 
-    /// The microseconds since 1970 that Redis shows at a moment. None if it has never
-    /// been heard.
+    /// A time in microseconds since 1970 that is later than all before. Redis shows no
+    /// earlier one, unless its clock was set back. None if it has never been heard.
     pub fn at(&self, moment: Instant) -> Option<i64> {
         let at_start = self.0.at_start.load(Ordering::Relaxed);
         (at_start != Self::NEVER).then(|| at_start.saturating_add(self.since_start(moment)))
@@ -195,7 +204,8 @@ impl RedisClock {
 
     fn since_start(&self, moment: Instant) -> i64 {
         let since = moment.saturating_duration_since(self.0.start);
-        i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
+        let since = i64::try_from(since.as_micros()).unwrap_or(i64::MAX);
+        since - since / Self::SLOWER_BY
     }
 }
 
@@ -322,9 +332,30 @@ mod tests {
         assert_eq!(clock.at(now), None);
         clock.hear(now, 5_000_000);
         let later = std::time::Duration::from_secs(2);
-        assert_eq!(clock.at(now + later), Some(7_000_000));
-        clock.hear(now + later, 1_000_000);
-        assert_eq!(clock.at(now + later), Some(1_000_000));
+        let gone_on = clock.at(now + later).unwrap();
+        assert!((6_990_000..=7_000_000).contains(&gone_on), "{gone_on}");
+        clock.hear(now + later, 9_000_000);
+        assert_eq!(clock.at(now + later), Some(9_000_000));
+    }
+
+    #[test]
+    fn the_time_of_redis_never_goes_back() {
+        let clock = RedisClock::default();
+        let now = Instant::now();
+        let after = |seconds| now + std::time::Duration::from_secs(seconds);
+        clock.hear(now, 5_000_000);
+        let mut last = clock.at(now).unwrap();
+        // The clock of Redis was set back by 3 s.
+        for second in 1..10 {
+            clock.hear(after(second), 2_000_000 + second as i64 * 1_000_000);
+            let next = clock.at(after(second)).unwrap();
+            assert!(next > last, "{next} after {last}");
+            last = next;
+        }
+        assert!(last > 13_900_000, "{last}");
+        // An hour later it has been caught up with.
+        clock.hear(after(3_600), 3_602_000_000);
+        assert_eq!(clock.at(after(3_600)), Some(3_602_000_000));
     }
 
     #[test]

@@ -70,6 +70,8 @@ struct CallTime {
     deadline: Deadline,
     /// When the call is answered in any case.
     end: Instant,
+    /// All the time that this process had lost when `end` was set.
+    lost: Duration,
     turns: u32,
     /// Whether it had to wait before Redis could be asked.
     was_held_up: bool,
@@ -135,6 +137,10 @@ impl Failover {
         &self.recovery
     }
 
+    fn call_time(&self, deadline: Deadline) -> CallTime {
+        CallTime::new(deadline, self.redis.lost_time())
+    }
+
     /// Whose turn it is to answer a call on `keys`: Redis's, once it knows of all
     /// changes to them, or memory's (None).
     async fn turn<'a>(
@@ -142,7 +148,7 @@ impl Failover {
         keys: impl Iterator<Item = &'a GroupKey> + Clone + Send,
         time: &mut CallTime,
     ) -> Result<Option<RedisTurn>, Failure> {
-        time.take_turn().await?;
+        time.take_turn(self.redis.lost_time()).await?;
         let Some(period) = self.switch.redis_period() else {
             return Ok(None);
         };
@@ -252,6 +258,9 @@ impl Failover {
                         self.learn_write(write, &outcome, turn.ticket);
                         self.is_kept(key, turn, &time).await?;
                         return Ok(Backend::Redis.answers(outcome));
+                    }
+                    Err(Diverted::ShortOfTime(_)) if time.goes_on(self.redis.lost_time()) => {
+                        continue;
                     }
                     Err(Diverted::Answered(failure) | Diverted::ShortOfTime(failure)) => {
                         return Err(failure);
@@ -410,7 +419,7 @@ impl DocumentStore for Failover {
 
     async fn write(&self, write: &Write, deadline: Deadline) -> Reply<WriteOutcome> {
         let trail = Trail::default();
-        self.write_on(write, &trail, CallTime::new(deadline)).await
+        self.write_on(write, &trail, self.call_time(deadline)).await
     }
 
     async fn read(
@@ -419,7 +428,7 @@ impl DocumentStore for Failover {
         with_expiry: bool,
         deadline: Deadline,
     ) -> Reply<Option<StoredDocument>> {
-        let mut time = CallTime::new(deadline);
+        let mut time = self.call_time(deadline);
         while let Some(turn) = self.turn(std::iter::once(key), &mut time).await? {
             let call = self.read_in_redis(key, with_expiry, time.deadline());
             match self.ask(turn.period, &time, call).await {
@@ -439,6 +448,7 @@ impl DocumentStore for Failover {
                     return Ok(Backend::Redis.answers(found));
                 }
                 Err(Diverted::Answered(failure)) => return Err(failure),
+                Err(Diverted::ShortOfTime(_)) if time.goes_on(self.redis.lost_time()) => {}
                 Err(Diverted::ShortOfTime(failure)) => {
                     // Better than nothing, and marked as what it is.
                     let known = self.memory.read(key, with_expiry, deadline).await?;
@@ -456,7 +466,7 @@ impl DocumentStore for Failover {
         expected: Option<Version>,
         deadline: Deadline,
     ) -> Reply<Deletion> {
-        let mut time = CallTime::new(deadline);
+        let mut time = self.call_time(deadline);
         let trail = Trail::default();
         loop {
             let turn = self.turn(std::iter::once(key), &mut time).await;
@@ -483,6 +493,9 @@ impl DocumentStore for Failover {
                         }
                         self.is_kept(key, turn, &time).await?;
                         return Ok(Backend::Redis.answers(deletion));
+                    }
+                    Err(Diverted::ShortOfTime(_)) if time.goes_on(self.redis.lost_time()) => {
+                        continue;
                     }
                     Err(Diverted::Answered(failure) | Diverted::ShortOfTime(failure)) => {
                         return Err(failure);
@@ -520,7 +533,7 @@ impl DocumentStore for Failover {
         token: Option<&str>,
         deadline: Deadline,
     ) -> Reply<KeyPage> {
-        let time = CallTime::new(deadline);
+        let time = self.call_time(deadline);
         self.all_carried(&time).await?;
         if let Some(period) = self.switch.redis_period() {
             let call = self.redis.list_keys(prefix, page_size, token, deadline);
@@ -538,7 +551,7 @@ impl DocumentStore for Failover {
     }
 
     async fn size(&self, prefix: &str, deadline: Deadline) -> Reply<u64> {
-        let time = CallTime::new(deadline);
+        let time = self.call_time(deadline);
         self.all_carried(&time).await?;
         if let Some(period) = self.switch.redis_period() {
             let call = self.redis.count(prefix, deadline);
@@ -554,7 +567,7 @@ impl DocumentStore for Failover {
     }
 
     async fn read_all(&self, prefix: &str, deadline: Deadline) -> Reply<ReadAll> {
-        let time = CallTime::new(deadline);
+        let time = self.call_time(deadline);
         self.all_carried(&time).await?;
         if let Some(period) = self.switch.redis_period() {
             let call = self.redis.read_documents(prefix, false, deadline);
@@ -601,7 +614,7 @@ impl Failover {
     ) -> Vec<Reply<WriteOutcome>> {
         let trails: Vec<_> = writes.iter().map(|_| Trail::default()).collect();
         let mut results: Vec<Option<Reply<WriteOutcome>>> = vec![None; writes.len()];
-        let mut time = CallTime::new(deadline);
+        let mut time = self.call_time(deadline);
         let keys = writes.iter().map(|write| write.head.key());
         match self.turn(keys, &mut time).await {
             Err(failure) => return vec![Err(failure); writes.len()],
@@ -650,21 +663,24 @@ impl CallTime {
     /// ...but no longer than this.
     const LONGEST_PAUSE: Duration = Duration::from_millis(32);
 
-    fn new(deadline: Deadline) -> Self {
+    fn new(deadline: Deadline, lost: Duration) -> Self {
         Self {
             deadline,
             end: deadline.or_within(Self::BOUND),
+            lost,
             turns: 0,
             was_held_up: false,
         }
     }
 
-    /// Begins a turn, unless it is too late.
-    async fn take_turn(&mut self) -> Result<(), Failure> {
+    /// Begins a turn, unless it is too late. `lost`: all the time that this process has
+    /// lost, which does not count unless the caller counts it.
+    async fn take_turn(&mut self, lost: Duration) -> Result<(), Failure> {
         self.turns += 1;
         if self.turns == 1 {
             return Ok(());
         }
+        self.make_up(lost);
         if self.turns > 2 {
             let pause = Self::FIRST_PAUSE * (1 << (self.turns - 3).min(16));
             tokio::time::sleep(pause.min(Self::LONGEST_PAUSE)).await;
@@ -675,6 +691,20 @@ impl CallTime {
             )));
         }
         Ok(())
+    }
+
+    /// Whether there is time for another turn after one in which Redis was too slow.
+    /// `lost`: see [`Self::take_turn`].
+    fn goes_on(&mut self, lost: Duration) -> bool {
+        self.make_up(lost);
+        !self.is_limited_by_caller() && Instant::now() < self.end
+    }
+
+    fn make_up(&mut self, lost: Duration) {
+        if !self.is_limited_by_caller() {
+            self.end += lost.saturating_sub(self.lost);
+            self.lost = self.lost.max(lost);
+        }
     }
 
     /// Whether it is the caller who wants an answer by the end.

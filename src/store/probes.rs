@@ -47,6 +47,13 @@ struct Probe {
     history: History,
 }
 
+/// A probe that was written again.
+struct Rewritten {
+    key: GroupKey,
+    version: Version,
+    sent: Instant,
+}
+
 /// When a probe was written, and as which version, the latest last.
 #[derive(Clone, Debug, Default)]
 struct History(VecDeque<(Version, Instant)>);
@@ -102,6 +109,11 @@ impl Probes {
                 // It throws away any key. That is told elsewhere.
                 continue;
             }
+            let version_at = |ago: Duration| {
+                let now = self.redis.clock().at(Instant::now())?;
+                let ago = i64::try_from(ago.as_micros()).ok()?;
+                Version::new(now.checked_sub(ago)?)
+            };
             // Until the probes are renewed it is found at each look, and said once.
             let run_id = server.map(|server| server.run_id.clone());
             look.has_lost_data |= !is_there && (run_id.is_none() || probe.lost_by != run_id);
@@ -112,8 +124,11 @@ impl Probes {
                 keys: probe.shard.keys(),
                 since: found.and_then(|found| probe.history.written(found)),
                 of_deletes: false,
-                found_at: server.and_then(|server| server.time).and_then(Version::new),
-                last_heard: probe.history.last(),
+                found_at: version_at(Duration::ZERO),
+                // What is from before the process began is from the one before it.
+                last_heard: server
+                    .and_then(|server| version_at(server.uptime?))
+                    .max(probe.history.last()),
             });
         }
         Ok(look)
@@ -123,9 +138,9 @@ impl Probes {
     /// servers that have none. What fails changes nothing: the next look has to find all
     /// that this one has found.
     pub async fn renew(&mut self, look: &Look) -> Result<(), NotDone> {
-        if !self.rewrite(&look.stale).await? {
+        let Some(written) = self.rewrite(&look.stale).await? else {
             return Err(replaced_again());
-        }
+        };
         let primaries = &look.primaries;
         let stays = |probe: &Probe| {
             !look.stale.contains(&probe.key)
@@ -140,15 +155,12 @@ impl Probes {
         let new = keys.into_iter().filter(|key| !is_known(key));
         let new = new.map(|key| self.begin(key, primaries));
         let new: Vec<_> = try_join_all(new).await?;
-        // Otherwise what was written may lie in either of two processes.
-        let now = self.redis.primaries(Deadline::NONE).await?;
-        let all = self.known.iter().filter(|probe| stays(probe)).chain(&new);
-        let mut run_ids = all.map(|probe| (now.of(&probe.key), &probe.run_id));
-        if run_ids.any(|(now, known)| now.is_none_or(|now| now.run_id != *known)) {
+        let staying = self.known.iter().filter(|probe| stays(probe));
+        if !self.are_where_they_were(staying.chain(&new)).await? {
             return Err(replaced_again());
         }
-        drop(run_ids);
         self.known.retain(stays);
+        self.take_in(written);
         self.known.extend(new);
         Ok(())
     }
@@ -156,30 +168,59 @@ impl Probes {
     /// Writes each probe again. False if one is not as it was, or a server has none.
     pub async fn refresh(&mut self) -> Result<bool, NotDone> {
         let shards = self.known.iter().map(|probe| &probe.shard);
-        Ok(self.redis.has_shards(shards) && self.rewrite(&[]).await?)
+        if !self.redis.has_shards(shards) {
+            return Ok(false);
+        }
+        let Some(written) = self.rewrite(&[]).await? else {
+            return Ok(false);
+        };
+        if !self.are_where_they_were(self.known.iter()).await? {
+            return Ok(false);
+        }
+        self.take_in(written);
+        Ok(true)
     }
 
     /// Writes each probe but the stale ones in place of the one that was written last.
-    /// False if one of those is not there any more.
-    async fn rewrite(&mut self, stale: &[GroupKey]) -> Result<bool, NotDone> {
+    /// None if one of those is not there any more.
+    async fn rewrite(&self, stale: &[GroupKey]) -> Result<Option<Vec<Rewritten>>, NotDone> {
         let sent = Instant::now();
-        let is_fresh = |probe: &Probe| !stale.contains(&probe.key);
-        let fresh = self.known.iter().filter(|probe| is_fresh(probe));
-        let writes = fresh.map(|probe| {
+        let fresh = self.known.iter();
+        let fresh = fresh.filter(|probe| !stale.contains(&probe.key));
+        let writes = fresh.map(async |probe| {
             let last = probe.history.last();
             let condition = last.map_or(Condition::Any, Condition::Version);
-            self.write(&probe.key, condition)
+            let version = self.write(&probe.key, condition).await?;
+            Ok::<_, NotDone>(version.map(|version| Rewritten {
+                key: probe.key.clone(),
+                version,
+                sent,
+            }))
         });
-        let written = try_join_all(writes).await?;
-        let mut all = true;
-        let fresh = self.known.iter_mut().filter(|probe| is_fresh(probe));
-        for (probe, version) in fresh.zip(written) {
-            match version {
-                Some(version) => probe.history.add(version, sent),
-                None => all = false,
+        Ok(try_join_all(writes).await?.into_iter().collect())
+    }
+
+    /// Whether each probe lies in the process that it was meant for. Asked after it was
+    /// written: the write may have reached the next process, in place of the one before,
+    /// of which it would then seem that nothing was lost.
+    async fn are_where_they_were(
+        &self,
+        mut probes: impl Iterator<Item = &Probe>,
+    ) -> Result<bool, NotDone> {
+        let now = self.redis.primaries(Deadline::NONE).await?;
+        Ok(probes.all(|probe| {
+            let server = now.of(&probe.key);
+            server.is_some_and(|server| server.run_id == probe.run_id)
+        }))
+    }
+
+    fn take_in(&mut self, written: Vec<Rewritten>) {
+        for rewritten in written {
+            let mut known = self.known.iter_mut();
+            if let Some(probe) = known.find(|probe| probe.key == rewritten.key) {
+                probe.history.add(rewritten.version, rewritten.sent);
             }
         }
-        Ok(all)
     }
 
     /// Does what calls do to groups, on every server: an error if our user has not all

@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    evidence::Outage,
+    evidence::{Outage, Stall},
     history::{Backend, Call, Content, Found, Key, Moment, Reply, Request},
     schedule::Policy,
     verdict::Flaw,
@@ -23,6 +23,8 @@ pub struct Rules<'a> {
     pub policy: Policy,
     /// Outages of the key's instance.
     pub outages: &'a [Outage],
+    /// When the key's instance was stopped.
+    pub stops: &'a [Stall],
     /// When Redis lost data. The instance puts back what it had acknowledged.
     pub wipes: &'a [RangeInclusive<Moment>],
 }
@@ -37,6 +39,9 @@ pub struct KeyModel<'a> {
     memory: Option<Memory>,
     /// A failed write may or may not be in Redis.
     unanswered: bool,
+    /// Writes whose caller had given them up before their instance, which was stopped, read
+    /// them: a deadline travels as the time that is left. Each may come until that moment.
+    late: Vec<(Possible, Moment)>,
     /// Memory may not know the key, since it dropped its own state of it and
     /// has not seen the one of Redis since.
     cold: bool,
@@ -96,6 +101,7 @@ impl<'a> KeyModel<'a> {
             redis: vec![Possible::absent()],
             memory: None,
             unanswered: false,
+            late: Vec::new(),
             cold: false,
             merged: false,
             asked: HashMap::new(),
@@ -150,7 +156,16 @@ impl<'a> KeyModel<'a> {
                 }
                 self.memory = Some(memory);
             }
-            None => self.unanswered(&call.request),
+            None => {
+                self.unanswered(&call.request);
+                let mut stops = self.rules.stops.iter();
+                if let Some(possible) = Possible::asked(&call.request)
+                    && let Some(deadline) = call.deadline
+                    && let Some(stop) = stops.find(|stop| !stop.within(call).is_zero())
+                {
+                    self.late.push((possible, stop.end + deadline));
+                }
+            }
         }
         self.previous_begin = call.begin;
     }
@@ -168,6 +183,13 @@ impl<'a> KeyModel<'a> {
         self.now = end;
         // A moment may lie within either call, before or after its effect.
         let since = self.previous_begin;
+        self.late.retain(|(_, until)| since <= *until);
+        for (possible, _) in &self.late {
+            self.redis.push(possible.clone());
+            if let Some(memory) = &mut self.memory {
+                memory.side.push(possible.clone());
+            }
+        }
         if self
             .rules
             .wipes

@@ -127,6 +127,7 @@ fn judge_keys(evidence: &Evidence, verdict: &mut Verdict) {
         let rules = Rules {
             policy: evidence.policy,
             outages: &evidence.instances[call.instance].outages,
+            stops: &evidence.instances[call.instance].stops,
             wipes: &wipes,
         };
         let model = models

@@ -1,14 +1,17 @@
 //! The oracle on histories made by hand: it sees when groups are lost, come
 //! back or are counted wrongly, and nothing where all is well.
 
+use tonic::Code;
+
 use super::{
+    evidence::Stall,
     history::{
         Backend::{Memory, Redis},
         Found, Key, Reply, Request, Role,
     },
     oracle::judge,
     schedule::Policy::{Discard, Reconcile},
-    story::{KEY, Story, content},
+    story::{KEY, Story, content, millis},
 };
 
 #[test]
@@ -97,6 +100,30 @@ fn a_failed_write_happened_or_did_not() {
         let story = || story().opens().loaded(Memory, Some(10)).closes(0);
         story().ends_with(Some(20)).holds();
     }
+}
+
+/// A stopped instance reads a call later, and gives it the time that its caller had set.
+#[test]
+fn a_write_that_was_given_up_before_a_stopped_instance_read_it_may_come_late() {
+    let story = || {
+        let mut story = Story::new(Reconcile).stored(Redis, 10);
+        let begin = story.now + millis(5);
+        let end = begin + millis(100);
+        story.evidence.instances[0].stops.push(Stall { begin, end });
+        story = story.failed(20, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
+        let call = story.evidence.calls.last_mut().unwrap();
+        call.deadline = Some(millis(50));
+        story.loaded(Redis, Some(10))
+    };
+    story().ends_with(Some(20)).holds();
+    story().ends_with(Some(10)).holds();
+    story().ends_with(None).has(&["lost"]);
+    // Not any more after its own deadline.
+    let later = || story().wait(200).loaded(Redis, Some(10));
+    later()
+        .loaded(Redis, Some(20))
+        .ends_with(Some(20))
+        .has(&["lost"]);
 }
 
 /// What Redis executed and could not answer is merged with what memory has done

@@ -22,9 +22,8 @@ pub struct Loss {
     /// What time it was there when it was found: the version of a group that is made
     /// there later is no less. None: it is not known.
     pub found_at: Option<Version>,
-    /// The last version that the server is known to have given before it: what is stored
-    /// under a later one may have been written by somebody who did not know what was
-    /// lost. None: it is not known.
+    /// A version that is no later than the loss: what is stored under a later one may have
+    /// been written by somebody who did not know what was lost. None: it is not known.
     pub last_heard: Option<Version>,
 }
 

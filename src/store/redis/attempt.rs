@@ -45,10 +45,13 @@ pub struct Attempts<'a> {
     traffic: Traffic,
     /// Of the writes that are attempted; None of reads.
     trail: Option<&'a Trail>,
-    /// When the last attempt is given up.
+    /// When the last attempt is given up; later by what this process loses meanwhile,
+    /// unless it is the caller's.
     end: Instant,
     /// The time that this process had lost before the first attempt.
     lost_before: Duration,
+    /// What was added to `end` for what it has lost since.
+    made_up: Duration,
     /// Whether `end` is the caller's own and sooner than ours.
     hurried: bool,
     made: u32,
@@ -63,6 +66,8 @@ pub struct Attempts<'a> {
     not_connected: bool,
     /// Whether the time has passed before it was the turn of so many bytes.
     no_turn: bool,
+    /// Whether an attempt shared its connection with large documents.
+    beside_large: bool,
     /// Why the last attempt failed.
     reason: String,
 }
@@ -83,6 +88,8 @@ pub struct Attempt {
     connection: Arc<Renewable>,
     /// Its part of what may be on its way at once; None of small calls.
     _share: Option<BulkShare>,
+    /// Held while it moves large documents for the service itself.
+    _large_repair: Option<Arc<()>>,
     /// The server behind it, if it is always the same.
     server: Option<Arc<Server>>,
     pub sent: Instant,
@@ -190,6 +197,7 @@ impl<'a> Attempts<'a> {
             trail,
             end: deadline.instant().map_or(ours, |at| at.min(ours)),
             lost_before: connections.stalls().lost(),
+            made_up: Duration::ZERO,
             hurried: deadline.instant().is_some_and(|at| at < ours),
             made: 0,
             timed_out: false,
@@ -197,6 +205,7 @@ impl<'a> Attempts<'a> {
             unrouted: false,
             not_connected: false,
             no_turn: false,
+            beside_large: false,
             reason: String::new(),
         }
     }
@@ -220,6 +229,7 @@ impl<'a> Attempts<'a> {
     /// attempts or the time are used up.
     pub async fn next(&mut self) -> Option<Attempt> {
         while self.made < Self::MOST {
+            self.make_up();
             // No pause may take the time of an answer.
             let most = self.end.saturating_duration_since(Instant::now()) / 4;
             if self.unrouted {
@@ -259,6 +269,15 @@ impl<'a> Attempts<'a> {
         None
     }
 
+    /// What this process loses is not taken from Redis.
+    fn make_up(&mut self) {
+        if !self.hurried {
+            let lost = self.connections.stalls().lost_since(self.lost_before);
+            self.end += lost.saturating_sub(self.made_up);
+            self.made_up = self.made_up.max(lost);
+        }
+    }
+
     /// Waits for the turn of a large document.
     async fn share(&self) -> Option<BulkShare> {
         match self.traffic.lane {
@@ -268,7 +287,7 @@ impl<'a> Attempts<'a> {
     }
 
     fn attempt(
-        &self,
+        &mut self,
         link: Arc<Link>,
         connection: Arc<Renewable>,
         share: Option<BulkShare>,
@@ -282,10 +301,15 @@ impl<'a> Attempts<'a> {
         let part = |from: Instant| ((self.end - from) / 2).min(timeout);
         let until = now + part(now);
         let server = link.only_server().cloned();
+        let large_repairs = self.connections.large_repairs();
+        let large_repair = (self.traffic.lane == Lane::Repair && self.traffic.is_large())
+            .then(|| large_repairs.clone());
+        self.beside_large |= self.is_beside_large();
         Attempt {
             link,
             connection,
             _share: share,
+            _large_repair: large_repair,
             server,
             redirected: self.redirected,
             sent: now,
@@ -317,6 +341,17 @@ impl<'a> Attempts<'a> {
         Ok(())
     }
 
+    /// Whether its connection carries large documents, too. If not, whoever gets no answer
+    /// by it knows that Redis is as good as down.
+    fn is_beside_large(&self) -> bool {
+        match self.traffic.lane {
+            Lane::Bulk => true,
+            // One is held by the connections.
+            Lane::Repair => Arc::strong_count(self.connections.large_repairs()) > 1,
+            Lane::Calls | Lane::Health => false,
+        }
+    }
+
     /// The error of a call that has used up its attempts or its time.
     pub fn used_up(self) -> NotDone {
         // A caller in a hurry has seen nothing that speaks against Redis, unless
@@ -342,8 +377,8 @@ impl<'a> Attempts<'a> {
         let was_held_up = lost >= self.connections.timeout() / 2;
         let out_of_time = self.timed_out || self.made == 0;
         // But where there is no connection, that is no matter of time.
-        let is_slow =
-            out_of_time && !self.not_connected && (self.traffic.is_bulky() || was_held_up);
+        let beside_large = self.beside_large || self.is_beside_large();
+        let is_slow = out_of_time && !self.not_connected && (beside_large || was_held_up);
         if self.no_turn {
             NotDone::answered(error)
         } else if is_slow {
@@ -375,9 +410,8 @@ impl Traffic {
         Self { lane, bytes }
     }
 
-    /// Whether it shares its connection with large documents.
-    fn is_bulky(&self) -> bool {
-        matches!(self.lane, Lane::Bulk | Lane::Repair)
+    fn is_large(&self) -> bool {
+        self.bytes > Self::SMALL_BYTES
     }
 
     /// The time that so many bytes may take besides what a small command gets.

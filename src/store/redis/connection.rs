@@ -43,6 +43,8 @@ pub struct Way {
     moving: tokio::sync::Mutex<()>,
     events: Arc<Events>,
     bulk: BulkBudget,
+    /// Cloned for each large document that the service moves for itself.
+    large_repairs: Arc<()>,
     stalls: Arc<Stalls>,
     clock: RedisClock,
 }
@@ -70,6 +72,7 @@ impl Connections {
             moving: tokio::sync::Mutex::default(),
             events: Arc::new(Events::new()),
             bulk: BulkBudget::new(limits.max_bulk_bytes),
+            large_repairs: Arc::default(),
             stalls: Arc::new(Stalls::new()),
             clock: RedisClock::default(),
         });
@@ -171,6 +174,11 @@ impl Connections {
     /// Writes what the log still has to say of the connections.
     pub fn write_what_was_left_out(&self) {
         self.way.events.write_what_was_left_out();
+    }
+
+    /// What is cloned for each large document that the service moves for itself.
+    pub fn large_repairs(&self) -> &Arc<()> {
+        &self.way.large_repairs
     }
 
     /// What may be on its way at once of large documents.

@@ -438,6 +438,11 @@ impl RedisStore {
         self.connections.write_what_was_left_out();
     }
 
+    /// All the time that this process has lost since it began.
+    pub fn lost_time(&self) -> Duration {
+        self.connections.stalls().lost()
+    }
+
     /// Why there is no connection.
     pub fn why_not_connected(&self) -> String {
         self.connections.why_not()
@@ -766,6 +771,7 @@ impl RedisStore {
                 .to_string()
                 .into(),
             largest: self.max_document_bytes.to_string().into(),
+            newer_than: self.clock().at(attempt.sent).and_then(Version::new),
         })
     }
 

@@ -1,6 +1,6 @@
 //! What Redis says of itself, in its answer to `INFO`.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
 /// What Redis says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -11,8 +11,8 @@ pub struct ServerInfo {
     /// Whether it throws keys away when its memory is full: the first policy
     /// other than `noeviction`, if there is one.
     pub maxmemory_policy: String,
-    /// What time it is there, in microseconds since 1970. None where it does not say.
-    pub time: Option<i64>,
+    /// How long its process has been there, at most. None where it does not say.
+    pub uptime: Option<Duration>,
     /// Whether it is no replica; of a cluster, whether none is.
     pub is_primary: bool,
 }
@@ -32,6 +32,8 @@ impl ServerInfo {
             .lines()
             .filter_map(|line| line.trim().split_once(':'))
             .collect();
+        let uptime = fields.get("uptime_in_seconds");
+        let uptime = uptime.and_then(|seconds| seconds.parse::<u64>().ok());
         Some(Self {
             run_id: (*fields.get("run_id")?).to_owned(),
             maxmemory_policy: fields
@@ -39,9 +41,8 @@ impl ServerInfo {
                 .copied()
                 .unwrap_or_default()
                 .to_owned(),
-            time: fields
-                .get("server_time_usec")
-                .and_then(|time| time.parse().ok()),
+            // Whole seconds have gone by, and a part of one.
+            uptime: uptime.map(|seconds| Duration::from_secs(seconds.saturating_add(1))),
             is_primary: fields.get("role") == Some(&"master"),
         })
     }
@@ -65,7 +66,7 @@ impl ServerInfo {
         Self {
             run_id: run_ids.join(","),
             maxmemory_policy: worst.unwrap_or_default().to_owned(),
-            time: None,
+            uptime: None,
             is_primary: servers.iter().all(|server| server.is_primary),
         }
     }
@@ -79,7 +80,7 @@ mod tests {
     fn several_servers_are_one_whatever_their_order() {
         let server = |run_id: &str, policy: &str| {
             let info = format!(
-                "# Server\r\nrun_id:{run_id}\r\nmaxmemory_policy:{policy}\r\nrole:master\r\nserver_time_usec:5\r\n"
+                "# Server\r\nrun_id:{run_id}\r\nmaxmemory_policy:{policy}\r\nrole:master\r\nuptime_in_seconds:5\r\n"
             );
             ServerInfo::parse(&info).unwrap()
         };
@@ -89,7 +90,10 @@ mod tests {
         assert_eq!(joined.run_id, "a,b");
         assert_eq!(joined.maxmemory_policy, "allkeys-lru");
         let one = ServerInfo::join(vec![a.clone()]);
-        assert_eq!((one.run_id, a.time), (a.run_id, Some(5)));
+        assert_eq!(
+            (one.run_id, a.uptime),
+            (a.run_id, Some(Duration::from_secs(6)))
+        );
         assert_eq!(ServerInfo::parse("nothing"), None);
     }
 }

@@ -37,6 +37,8 @@ pub struct ScriptLimits {
     pub largest_in_reply: Value,
     /// The largest value that is looked at whole.
     pub largest: Value,
+    /// Whatever is written gets a greater version.
+    pub newer_than: Option<Version>,
 }
 
 /// Something about what is stored, or how large that is where it was too large to
@@ -69,6 +71,7 @@ pub fn arguments(write: &Write, limits: &ScriptLimits) -> Vec<Value> {
         limits.lost_since.clone(),
         write
             .newer_than
+            .max(limits.newer_than)
             .map_or("".into(), |version| version.to_string().into()),
         limits.largest_in_reply.clone(),
         limits.largest.clone(),
