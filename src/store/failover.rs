@@ -483,9 +483,12 @@ impl DocumentStore for Failover {
                             Deletion {
                                 deleted: true,
                                 version: Some(version),
-                            } => Some(Shown::Deleted(version)),
+                            } => Some(Shown::deleted(version)),
                             // Of an unreadable document, or of nothing.
-                            Deletion { version: None, .. } => Some(Shown::Absent),
+                            Deletion { version: None, .. } => Some(match expected {
+                                None => Shown::nothing_to_delete(),
+                                Some(_) => Shown::Absent,
+                            }),
                             Deletion { deleted: false, .. } => None,
                         };
                         if let Some(shown) = shown {

@@ -527,7 +527,7 @@ impl Carrier {
             trail.end().await;
         }
         if deleted?.deleted {
-            self.carried(ours, Shown::Deleted(version));
+            self.carried(ours, Shown::deleted(version));
             telemetry::degraded_writes_carried(1);
         }
         Ok(())

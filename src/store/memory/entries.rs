@@ -97,7 +97,11 @@ pub enum Shown {
     },
     Absent,
     /// This version was deleted by the call, or one before it.
-    Deleted(Version),
+    Deleted {
+        version: Version,
+        /// How long that is remembered: Redis, or another instance, may bring it back.
+        kept_for: Duration,
+    },
 }
 
 /// An entry that Redis has to be told of.
@@ -124,6 +128,22 @@ pub enum Pending {
 }
 
 impl Shown {
+    /// This version was deleted.
+    pub fn deleted(version: Version) -> Self {
+        Self::Deleted {
+            version,
+            kept_for: Entry::TOMBSTONE,
+        }
+    }
+
+    /// A call that wanted to delete whatever was there has found nothing.
+    pub fn nothing_to_delete() -> Self {
+        Self::Deleted {
+            version: Version::FIRST,
+            kept_for: Entry::TOMBSTONE_OF_NOTHING,
+        }
+    }
+
     /// Whether this is what comes of a Redis that has lost the `known` entry.
     fn is_without(&self, known: &Entry, around: Around) -> bool {
         match (self, &known.content) {
@@ -137,7 +157,7 @@ impl Shown {
             }
             (Self::Absent, content) => matches!(content, Content::Document(_)),
             // A call that deletes has told Redis first.
-            (Self::Deleted(_), _) => false,
+            (Self::Deleted { .. }, _) => false,
         }
     }
 }
@@ -453,7 +473,7 @@ impl Entries {
                 }
                 Ok(false)
             }
-            Shown::Deleted(version) => {
+            Shown::Deleted { version, kept_for } => {
                 let is_older = known.is_some_and(|known| {
                     known.version > version
                         && ((known.overlaps && known.same_epoch) || ticket.epoch != self.epoch)
@@ -463,14 +483,14 @@ impl Entries {
                 }
                 let cost = Entry::cost_of(key, 0);
                 let Ok(fits) = self.fits(key, cost, now) else {
-                    return Err(Shown::Deleted(version));
+                    return Err(Shown::Deleted { version, kept_for });
                 };
                 self.table.remove(key);
                 if fits {
                     let entry = Entry {
                         content: Content::Deleted,
                         version,
-                        expires: now + Entry::TOMBSTONE,
+                        expires: now + kept_for,
                         standing: Standing::Clean {
                             epoch: ticket.epoch,
                             seen: now,

@@ -135,6 +135,9 @@ impl Entry {
     /// How long a delete that Redis has executed is remembered, at most: a Redis
     /// that goes back further than this may bring the group back.
     pub const TOMBSTONE: Duration = Duration::from_secs(3_600);
+    /// The same of one that found nothing: another instance may be about to put back what
+    /// Redis has just lost.
+    pub const TOMBSTONE_OF_NOTHING: Duration = Duration::from_secs(60);
 
     pub fn cost(&self, key: &GroupKey) -> usize {
         let before = match &self.standing {

@@ -1,6 +1,6 @@
 //! What Redis may have lost, as far as it is known.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
@@ -92,6 +92,10 @@ impl fmt::Debug for Loss {
 // === impl Losses ===
 
 impl Losses {
+    /// Others know less well until when nothing was lost. What they put back for that may
+    /// have been deleted here so much earlier.
+    const OTHERS_ARE_BEHIND: Duration = Duration::from_secs(10);
+
     /// Of more than this the two oldest become one, which is larger than both.
     const MOST: usize = 16;
 
@@ -129,6 +133,11 @@ impl Losses {
         later
             .take_while(|(begun, _)| epoch < *begun)
             .any(|(_, loss)| {
+                let seen = if is_deleted {
+                    seen + Self::OTHERS_ARE_BEHIND
+                } else {
+                    seen
+                };
                 (is_deleted || !loss.of_deletes)
                     && loss.since.is_none_or(|since| seen >= since)
                     && loss.is_of(key)
@@ -156,8 +165,6 @@ impl Losses {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn key(key: &str) -> GroupKey {
@@ -167,7 +174,7 @@ mod tests {
     #[test]
     fn a_loss_holds_what_its_server_had_answered_since() {
         let start = Instant::now();
-        let later = start + Duration::from_secs(1);
+        let later = start + Duration::from_secs(11);
         let mut losses = Losses::default();
         losses.add(
             5,
@@ -180,6 +187,10 @@ mod tests {
         assert!(losses.may_hold(&key("a"), 4, later, false));
         assert!(losses.may_hold(&key("a"), 4, later, true));
         assert!(!losses.may_hold(&key("a"), 4, start, false), "before that");
+        assert!(!losses.may_hold(&key("a"), 4, start, true), "long before");
+        let little_before = later - Duration::from_secs(9);
+        assert!(!losses.may_hold(&key("a"), 4, little_before, false));
+        assert!(losses.may_hold(&key("a"), 4, little_before, true));
         assert!(!losses.may_hold(&key("b"), 4, later, false), "elsewhere");
         assert!(!losses.may_hold(&key("a"), 5, later, false), "told since");
         losses.add(6, Loss::ALL.of_deletes());

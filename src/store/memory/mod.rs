@@ -309,7 +309,7 @@ impl MemoryStore {
     pub fn learn(&self, key: &GroupKey, shown: Shown, ticket: Ticket) -> bool {
         let mut shown = shown.claimed(key, &self.shared.instance);
         // Nor does anything come back that was there when the call was sent.
-        if let Shown::Deleted(version) = &mut shown {
+        if let Shown::Deleted { version, .. } = &mut shown {
             let sent = self.shared.clock.at(ticket.sent()).and_then(Version::new);
             *version = (*version).max(sent.unwrap_or(*version));
         }

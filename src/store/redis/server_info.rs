@@ -32,8 +32,11 @@ impl ServerInfo {
             .lines()
             .filter_map(|line| line.trim().split_once(':'))
             .collect();
-        let uptime = fields.get("uptime_in_seconds");
-        let uptime = uptime.and_then(|seconds| seconds.parse::<u64>().ok());
+        let number = |name| fields.get(name)?.parse::<u64>().ok();
+        // Whole seconds were begun since, the first and this one in part.
+        let of_this_second = number("server_time_usec").map_or(999_999, |time| time % 1_000_000);
+        let uptime = number("uptime_in_seconds")
+            .map(|seconds| Duration::from_secs(seconds) + Duration::from_micros(of_this_second));
         Some(Self {
             run_id: (*fields.get("run_id")?).to_owned(),
             maxmemory_policy: fields
@@ -41,8 +44,7 @@ impl ServerInfo {
                 .copied()
                 .unwrap_or_default()
                 .to_owned(),
-            // Whole seconds have gone by, and a part of one.
-            uptime: uptime.map(|seconds| Duration::from_secs(seconds.saturating_add(1))),
+            uptime,
             is_primary: fields.get("role") == Some(&"master"),
         })
     }
@@ -92,8 +94,11 @@ mod tests {
         let one = ServerInfo::join(vec![a.clone()]);
         assert_eq!(
             (one.run_id, a.uptime),
-            (a.run_id, Some(Duration::from_secs(6)))
+            (a.run_id, Some(Duration::from_micros(5_999_999)))
         );
+        let info = "run_id:a\r\nserver_time_usec:1700000000200000\r\nuptime_in_seconds:5\r\n";
+        let uptime = ServerInfo::parse(info).unwrap().uptime;
+        assert_eq!(uptime, Some(Duration::from_millis(5_200)));
         assert_eq!(ServerInfo::parse("nothing"), None);
     }
 }

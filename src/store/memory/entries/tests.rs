@@ -167,7 +167,7 @@ fn a_late_answer_does_not_bring_back_what_was_deleted() {
     learn(
         &mut entries,
         &key("k"),
-        Shown::Deleted(version(16)),
+        Shown::deleted(version(16)),
         ticket,
         now,
     );
@@ -419,7 +419,7 @@ fn what_was_there_before_changes_that_are_dropped_is_there_again() {
     learn(
         &mut entries,
         &key("gone"),
-        Shown::Deleted(version(16)),
+        Shown::deleted(version(16)),
         ticket,
         now,
     );
@@ -453,7 +453,7 @@ fn a_delete_is_remembered_after_a_group_that_came_and_went_here() {
         learn(
             &mut entries,
             &key("k"),
-            Shown::Deleted(version(16)),
+            Shown::deleted(version(16)),
             ticket,
             now,
         );
@@ -474,7 +474,7 @@ fn a_delete_is_unsure_like_a_write_and_can_be_doubted_again() {
     let left = Some(SECOND * 9);
     learn(&mut entries, &key("k"), written(16, left), ticket, now);
     learn(&mut entries, &key("l"), written(16, left), ticket, now);
-    let deleted = Shown::Deleted(version(16));
+    let deleted = Shown::deleted(version(16));
     learn(&mut entries, &key("k"), deleted, ticket, now);
     assert!(!entries.doubt_deletes(), "nothing was lost yet");
     entries.begin_epoch(vec![Loss::ALL]);
@@ -702,7 +702,7 @@ proptest! {
                     learn(&mut entries, &key(&k.to_string()), Shown::Absent, ticket, now);
                 }
                 Event::Deleted(k, v) => {
-                    learn(&mut entries, &key(&k.to_string()), Shown::Deleted(version(v)), ticket, now);
+                    learn(&mut entries, &key(&k.to_string()), Shown::deleted(version(v)), ticket, now);
                 }
                 Event::Change(k, v, l) => {
                     let expires = now + SECOND * l as u32;
@@ -771,7 +771,7 @@ proptest! {
                         learn(entries, &key(&k.to_string()), Shown::Absent, ticket, now);
                     }
                     Event::Deleted(k, v) => {
-                        let shown = Shown::Deleted(version(v));
+                        let shown = Shown::deleted(version(v));
                         learn(entries, &key(&k.to_string()), shown, ticket, now);
                     }
                     Event::Change(k, v, l) => {
