@@ -8,14 +8,14 @@
 //! such a call waits until the last attempt has passed its deadline in Redis,
 //! at most `--redis-timeout`. Reads are answered at once.
 
-use std::{sync::Arc, time::Duration};
+use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures::{StreamExt, future::join_all};
 use tokio::time::Instant;
 
 use super::{
-    Backend, Deadline, Deletion, Failure, KeyPage, Reply, StoreError,
+    Backend, Deadline, Deletion, Expiry, Failure, KeyPage, Reply, StoreError,
     documents::{Condition, DocumentStore, ReadAll, StoredDocument, Write, WriteOutcome},
     memory::{MemoryStore, Refused, Shown, Ticket},
     recovery::Recovery,
@@ -245,6 +245,7 @@ impl Failover {
                 {
                     continue;
                 }
+                let write = &*self.with_lost_expiry(write);
                 let call = self.redis.write_document(write, time.deadline(), trail);
                 match self.ask(turn.period, &time, call).await {
                     Ok(outcome) => {
@@ -283,6 +284,20 @@ impl Failover {
                 Err(Refused::Error(error)) => return Err(Backend::Memory.fails(error)),
             }
         }
+    }
+
+    /// The write; where it is to keep an expiry that Redis has lost with the group, with
+    /// what is left of that.
+    fn with_lost_expiry<'a>(&self, write: &'a Write) -> Cow<'a, Write> {
+        if matches!(write.expiry, Expiry::Keep { .. })
+            && let Some(otherwise) = self.memory.left_of_lost(write.head.key())
+        {
+            return Cow::Owned(Write {
+                expiry: Expiry::Keep { otherwise },
+                ..write.clone()
+            });
+        }
+        Cow::Borrowed(write)
     }
 
     /// Whether a group is to be created that Redis has lost: it would tell nobody

@@ -165,10 +165,24 @@ impl Probes {
         Ok(())
     }
 
+    /// An error if the servers are others since the look.
+    pub async fn stay(&self) -> Result<(), NotDone> {
+        if self.are_where_they_were(self.known.iter()).await? {
+            Ok(())
+        } else {
+            Err(replaced_again())
+        }
+    }
+
+    /// Whether each server has a probe.
+    pub fn has_one_on_each(&self) -> bool {
+        let shards = self.known.iter().map(|probe| &probe.shard);
+        self.redis.has_shards(shards)
+    }
+
     /// Writes each probe again. False if one is not as it was, or a server has none.
     pub async fn refresh(&mut self) -> Result<bool, NotDone> {
-        let shards = self.known.iter().map(|probe| &probe.shard);
-        if !self.redis.has_shards(shards) {
+        if !self.has_one_on_each() {
             return Ok(false);
         }
         let Some(written) = self.rewrite(&[]).await? else {

@@ -52,6 +52,8 @@ struct Known {
     probes: Probes,
     /// What they do when their memory is full, as the log has said it last.
     maxmemory_policy: String,
+    /// When the last look began that came to an end.
+    looked: Instant,
 }
 
 /// The last answer to a PING.
@@ -82,6 +84,7 @@ impl Recovery {
             known: tokio::sync::Mutex::new(Known {
                 probes: Probes::new(redis.for_health(), instance.clone()),
                 maxmemory_policy: String::new(),
+                looked: Instant::now(),
             }),
             pong: Mutex::new(None),
             redis: redis.for_health(),
@@ -323,14 +326,20 @@ impl Watch {
         self.look_at(&mut known, period).await
     }
 
-    /// Looks whether the servers are still those we know.
+    /// Looks whether the servers are still those we know. Of many who ask for it at once
+    /// the first looks for all.
     async fn look_again(&self, period: u64) -> Result<(), NotDone> {
+        let asked = Instant::now();
         let mut known = self.known.lock().await;
+        if known.looked > asked {
+            return Ok(());
+        }
         self.look_at(&mut known, period).await
     }
 
     /// If a server may have lost something, a new epoch begins, as after a recovery.
     async fn look_at(&self, known: &mut Known, period: u64) -> Result<(), NotDone> {
+        let began = Instant::now();
         let look = known.probes.look().await?;
         self.check_policy(known, &look);
         // Otherwise `probe_write` goes on.
@@ -343,7 +352,14 @@ impl Watch {
             self.bring_back.once_more();
             tell_of_losses(&look);
         }
-        known.probes.renew(&look).await
+        if look.losses.is_empty() && known.probes.has_one_on_each() {
+            // Calls wait for this: to write them again is left to the next refresh.
+            known.probes.stay().await?;
+        } else {
+            known.probes.renew(&look).await?;
+        }
+        known.looked = began;
+        Ok(())
     }
 }
 

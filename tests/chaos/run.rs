@@ -297,13 +297,16 @@ impl Stage {
         let of_redis = |call: &&Call| call.backend() == Some(Backend::Redis);
         let known = calls
             .iter()
-            .filter(|call| call.key.role == Role::Wandering)
+            .filter(|call| call.key.role == Role::Wandering && call.is_write())
             .filter(|call| !faults.iter().any(|struck| struck.has_two_sides(call)));
         let last: BTreeMap<Key, &Call> = known.map(|call| (call.key, call)).collect();
         let deleted = last.into_values().filter(of_redis).filter(|call| {
             matches!(
                 (&call.reply, &call.request),
-                (Reply::Deleted { .. }, _) | (Reply::Written { .. }, Request::StoreBriefly(_))
+                (
+                    Reply::Deleted { .. } | Reply::NotDeleted { version: 0, .. },
+                    _
+                ) | (Reply::Written { .. }, Request::StoreBriefly(_))
             )
         });
         let deleted: Vec<String> = deleted.map(|call| call.key.to_string()).collect();

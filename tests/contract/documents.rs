@@ -1,7 +1,7 @@
 //! Documents in Redis: those of the Go service, those that nobody can read,
 //! and what ours look like to others.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::StreamExt;
 use groupstate::{
@@ -13,8 +13,9 @@ use redis::{AsyncCommands, aio::MultiplexedConnection};
 use serde_json::Value;
 
 use crate::{
-    common::group,
-    redis_store,
+    PATIENCE,
+    common::{group, redis_server::RedisServer, wall_clock::WallClock},
+    redis_store, store_at,
     suite::{HOUR, Store, get, key, put, swap},
 };
 
@@ -409,6 +410,20 @@ async fn a_version_that_is_ahead_of_the_clock_does_not_come_back_after_a_delete(
         assert_eq!(deletion.value.version, Version::new(ahead));
         let created = put(&store, &group("k", &[])).await;
         assert!(created.version.get() > ahead, "{created:?}");
+    }
+}
+
+#[tokio::test]
+async fn versions_do_not_go_back_with_the_clock_of_redis() {
+    let clock = Arc::new(WallClock::new());
+    let server = RedisServer::start_by(&clock, &[]).await;
+    let store = store_at(&server.url(), PATIENCE).await;
+    let before = put(&store, &group("k", &[])).await;
+    for round in 0..5 {
+        clock.move_by(-500);
+        store.delete(&key("k"), None, Deadline::NONE).await.unwrap();
+        let created = put(&store, &group("k", &[])).await;
+        assert!(created.version > before.version, "{round}: {created:?}");
     }
 }
 

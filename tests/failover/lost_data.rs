@@ -286,6 +286,81 @@ async fn what_another_instance_has_let_expire_does_not_return() {
     assert_eq!(again, GROUPS as f64);
 }
 
+/// Redis has executed the write and is gone before its answer is here; the one that comes
+/// in its place is empty, and has been told all else by then.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_acknowledged_write_whose_answer_was_held_is_in_redis() {
+    const ONE_WAY: Duration = Duration::from_millis(150);
+    // The link is slow, and nobody is to take that for an outage.
+    let slow = ["--redis-timeout", "2s", "--trip-after", "10s"];
+    let mut scene = Scene::new(&[RECONCILE, &slow].concat()).await;
+    scene.proxy.delay(ONE_WAY);
+    let mut redis = scene.redis_client().await;
+    for round in 0..4 {
+        let key = format!("k/{round}");
+        let mut client = scene.client.clone();
+        let storing = {
+            let key = key.clone();
+            tokio::spawn(async move {
+                let request = pb::StoreRequest {
+                    group: Some(group(&key, &["a"])),
+                    expiry: None,
+                };
+                client.store(request).await
+            })
+        };
+        let redis_key = format!("group:{key}");
+        wait_until("Redis has executed it", HEALED_WITHIN, async || {
+            keys_in(&mut redis.clone()).await.contains(&redis_key)
+        })
+        .await;
+        scene.redis.restart().await;
+        redis = scene.redis_client().await;
+        if storing.await.unwrap().is_ok() {
+            wait_until("it is there again", HEALED_WITHIN, async || {
+                keys_in(&mut redis.clone()).await.contains(&redis_key)
+            })
+            .await;
+            let loaded = scene.load(&key).await.unwrap();
+            assert_eq!(fingerprints(&loaded), ["a"]);
+        }
+    }
+}
+
+/// Nobody puts it back, since others may have deleted it; but what is stored in its place
+/// lives no longer than it.
+#[tokio::test(flavor = "multi_thread")]
+async fn keep_ttl_keeps_an_expiry_that_was_lost_with_the_group() {
+    let mut writer = Scene::new(DISCARD).await;
+    let request = pb::StoreRequest {
+        group: Some(group("k", &["a"])),
+        expiry: Some(pb::store_request::Expiry::Ttl(prost_types::Duration {
+            seconds: 600,
+            nanos: 0,
+        })),
+    };
+    writer.client.store(request).await.unwrap();
+    let (reader, mut client) = writer.other(DISCARD).await;
+    wait_until("it has read it", HEALED_WITHIN, async || {
+        reader.metric("mirror_entries").await == 1.0
+    })
+    .await;
+    // It would put the group back.
+    writer.service.kill();
+    writer.redis.restart().await;
+    has_noticed(&reader, 1.0).await;
+    let request = pb::StoreRequest {
+        group: Some(group("k", &["b"])),
+        expiry: Some(pb::store_request::Expiry::KeepTtl(true)),
+    };
+    let stored = client.store(request).await.unwrap().into_inner();
+    assert_eq!(stored.backend, REDIS);
+    let mut redis = writer.redis_client().await;
+    let left = redis_command(&mut redis, &["TTL", "group:k"]).await;
+    let left: i64 = redis::from_redis_value(left).unwrap();
+    assert!((1..=600).contains(&left), "{left}");
+}
+
 /// Only what memory has acknowledged is dropped, and not what Redis had before.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_there_was_before_a_change_that_is_dropped_is_put_back() {

@@ -565,6 +565,23 @@ impl Entries {
             .then_some((entry.version, entry.document_bytes()))
     }
 
+    /// What is left of a group that Redis may have lost, and that nobody puts back since
+    /// it was merely read. None: it is not that, or it never expires.
+    pub fn left_of_lost(&self, key: &GroupKey, now: Instant) -> Option<Duration> {
+        let entry = self.get(key.as_str(), now)?;
+        let Standing::Clean {
+            epoch,
+            seen,
+            ours: None,
+        } = entry.standing
+        else {
+            return None;
+        };
+        let is_lost = self.losses.may_hold(key, epoch, seen, false);
+        let expires = self.expiry_of(entry).filter(|_| is_lost)?;
+        Some(expires - now)
+    }
+
     /// Begins a new epoch, with these losses.
     pub fn begin_epoch(&mut self, losses: Vec<Loss>) {
         self.epoch += 1;

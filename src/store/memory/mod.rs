@@ -239,10 +239,8 @@ impl MemoryStore {
             let discarded = held.entries.discard(Instant::now())?;
             held.takes_changes = false;
             held.entries.begin_epoch(losses.to_vec());
-            let may_be_pending = !losses.is_empty();
-            self.shared
-                .may_be_pending
-                .store(may_be_pending, Ordering::SeqCst);
+            // Redis may not have been told yet of what it had lost before.
+            self.shared.may_be_pending.store(true, Ordering::SeqCst);
             Ok(discarded)
         })
     }
@@ -358,6 +356,12 @@ impl MemoryStore {
     /// False when there is nothing that Redis has to be told.
     pub fn may_be_pending(&self) -> bool {
         self.shared.may_be_pending.load(Ordering::SeqCst)
+    }
+
+    /// See [`Entries::left_of_lost`].
+    pub fn left_of_lost(&self, key: &GroupKey) -> Option<Duration> {
+        let held = self.shared.lock();
+        held.entries.left_of_lost(key, Instant::now())
     }
 
     /// What Redis has to be told of a key.
@@ -851,6 +855,30 @@ mod tests {
         store.offered(&key, written.version, true, store.ticket());
         store.learn(&key, Shown::by_write(&write, &written), store.ticket());
         assert!(!store.is_pending(&key));
+    }
+
+    #[tokio::test]
+    async fn what_was_to_be_told_before_an_outage_is_to_be_told_after_it() {
+        for on_recovery in [OnRecovery::Discard, OnRecovery::Reconcile] {
+            let (clock, instance) = (RedisClock::default(), InstanceId::random());
+            let store = MemoryStore::mirror(1 << 20, instance, clock, on_recovery);
+            let write = write_of("a", Duration::from_secs(9));
+            let written = Written {
+                version: Version::new(16).unwrap(),
+                replaced: None,
+                expires: None,
+            };
+            let key = GroupKey::new("a").unwrap();
+            store.learn(&key, Shown::by_write(&write, &written), store.ticket());
+            store.doubt(vec![Loss::ALL]);
+            // The next outage begins before it was told.
+            store.stand_in();
+            match on_recovery {
+                OnRecovery::Discard => _ = store.step_back_and_discard(&[]),
+                OnRecovery::Reconcile => store.step_back(Vec::new()),
+            }
+            assert!(store.is_pending(&key), "{on_recovery:?}");
+        }
     }
 
     /// A wall clock that is ahead must not make versions that Redis comes to only later:
