@@ -19,15 +19,17 @@ use std::{
 use bytes::Bytes;
 use futures::StreamExt;
 use groupstate::{
-    document::DocumentHead,
-    group::{AlertGroup, GroupKey, GroupMetadata},
+    domain::{
+        document::DocumentHead,
+        group::{AlertGroup, GroupKey, GroupMetadata},
+        version::{InstanceId, RedisClock, Version},
+    },
     store::{
         Deadline, Expiry,
         documents::{Condition, DocumentStore, Write},
         memory::{Loss, MemoryStore, Ours, Shown, times},
         switch::OnRecovery,
     },
-    version::{InstanceId, RedisClock, Version},
 };
 
 #[path = "../src/allocator.rs"]

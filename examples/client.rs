@@ -12,7 +12,7 @@ use std::{error::Error, sync::Arc, time::Duration};
 
 use futures::future::try_join_all;
 use groupstate::{
-    group::{Alert, AlertStatus, Time, TimeError},
+    domain::group::{Alert, AlertStatus, Time, TimeError},
     manager::{
         AlertGroupManager, ManagerSettings, affinity::Instances, group_keys::GroupKeys,
         known::Filter, remote::RemoteSettings,

@@ -17,7 +17,10 @@ use std::{
 
 use clap::Parser;
 use groupstate::{
-    group::{Alert, AlertGroup, GroupKey, Time},
+    domain::{
+        group::{Alert, AlertGroup, GroupKey, Time},
+        retention::Retention,
+    },
     manager::{
         AlertGroupManager, ManagerError, ManagerSettings, Restored,
         affinity::{Instances, ResolveError},
@@ -26,7 +29,6 @@ use groupstate::{
         remote::RemoteSettings,
         webhook::Webhook,
     },
-    retention::Retention,
     store::{Deadline, GroupStore, StoreError},
 };
 use tokio::{sync::Barrier, task::JoinSet, time::Instant};

@@ -40,13 +40,13 @@ use crate::{
     accept::{Newest, pause_after},
     auth::Tokens,
     config::LogLevel,
+    domain::version::InstanceId,
     reload::Watched,
     store::{
         failover::Failover,
         memory::{MemoryStore, Usage},
     },
     telemetry::{self, LogControl, seldom},
-    version::InstanceId,
 };
 
 /// The text format of Prometheus.

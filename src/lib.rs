@@ -19,11 +19,8 @@
 //! | [`waits`] | what waits for slow clients, and the bound on it |
 //! | [`grpc`] | the protobuf surface |
 //! | [`manager`] | the replica side, which calls a service of this crate or any store |
-//! | [`retention`] | how long alerts stay in a group, and how many there is room for |
 //! | [`store`] | the store contract, and the stores |
-//! | [`document`] | the JSON document of a group |
-//! | [`group`] | the domain |
-//! | [`version`] | versions, write ids, the clock of Redis |
+//! | [`domain`] | groups, documents, versions, changes, merging: values |
 
 #![forbid(unsafe_code)]
 
@@ -33,19 +30,16 @@ pub mod auth;
 pub mod config;
 pub mod connections;
 pub mod cork;
-pub mod document;
+pub mod domain;
 #[cfg(any(fuzzing, test))]
 #[doc(hidden)]
 pub mod fuzzing;
-pub mod group;
 pub mod grpc;
 pub mod manager;
 pub mod reload;
-pub mod retention;
 pub mod server;
 pub mod store;
 pub mod tasks;
 pub mod telemetry;
 pub mod tls;
-pub mod version;
 pub mod waits;

@@ -15,6 +15,7 @@ use crate::{
     auth::Tokens,
     config::{OnOff, Settings},
     connections::{self, ConnectionLimits},
+    domain::version::InstanceId,
     grpc::{
         self,
         envelope::{Admission, Envelope},
@@ -34,7 +35,6 @@ use crate::{
     },
     telemetry::{self, Traces},
     tls::ServerTls,
-    version::InstanceId,
     waits::{Amount, Waits},
 };
 

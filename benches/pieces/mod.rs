@@ -7,8 +7,11 @@ use std::{sync::Arc, time::Duration};
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::FutureExt;
 use groupstate::{
-    document::DocumentHead,
-    group::{AlertGroup, GroupKey},
+    domain::{
+        document::DocumentHead,
+        group::{AlertGroup, GroupKey},
+        version::{InstanceId, RedisClock, Version},
+    },
     grpc::{
         convert,
         envelope::{Admission, Envelope},
@@ -23,7 +26,6 @@ use groupstate::{
         memory::{MemoryStore, Shown},
         switch::{OnRecovery, Switch},
     },
-    version::{InstanceId, RedisClock, Version},
 };
 use http::Request;
 use http_body_util::{BodyExt, Full};

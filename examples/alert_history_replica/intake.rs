@@ -10,9 +10,8 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use groupstate::{
-    group::Time,
+    domain::{group::Time, retention::Refused},
     manager::{ManagerError, webhook::Webhook},
-    retention::Refused,
 };
 use serde_json::{Value, json};
 

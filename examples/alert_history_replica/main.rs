@@ -52,7 +52,7 @@ use axum::{
 };
 use clap::Parser;
 use groupstate::{
-    group::{AlertGroup, GroupKey, GroupState},
+    domain::group::{AlertGroup, GroupKey, GroupState},
     manager::{
         AlertGroupManager,
         affinity::{Instances, ResolveError},

@@ -4,9 +4,9 @@ use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Parser, ValueEnum};
 use groupstate::{
+    domain::retention::Retention,
     manager::{ManagerSettings, group_keys::GroupKeys, remote::RemoteSettings},
     reload::Watched,
-    retention::Retention,
     telemetry::FileSetting,
 };
 use tonic::transport::{Certificate, ClientTlsConfig};

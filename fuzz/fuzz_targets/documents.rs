@@ -3,11 +3,7 @@
 
 #![no_main]
 
-use groupstate::{
-    document::{Document, DocumentHead},
-    group::GroupKey,
-    version::Version,
-};
+use groupstate::domain::{document::{Document, DocumentHead}, group::GroupKey, version::Version};
 use libfuzzer_sys::fuzz_target;
 
 /// What every document has, and what a byte of a group that was read takes at most when

@@ -4,19 +4,7 @@
 
 use std::time::Duration;
 
-use groupstate::{
-    document::DocumentHead,
-    group::AlertGroup,
-    grpc::{
-        convert, proto as pb,
-        validation::{
-            ExpiryField, Limits, MIN_TTL, Violations, expected_version, stored_group,
-            version_to_delete,
-        },
-    },
-    store::{Backend, Expiry},
-    version::Version,
-};
+use groupstate::{domain::{document::DocumentHead, group::AlertGroup, version::Version}, grpc::{convert, proto as pb, validation::{ExpiryField, Limits, MIN_TTL, Violations, expected_version, stored_group, version_to_delete}}, store::{Backend, Expiry}};
 use libfuzzer_sys::fuzz_target;
 use prost::Message;
 

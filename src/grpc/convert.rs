@@ -5,9 +5,11 @@ use prost_types::Timestamp;
 
 use super::proto as pb;
 use crate::{
-    group::{Alert, AlertGroup, AlertStatus, GroupState, Time, TimerMetadata},
+    domain::{
+        group::{Alert, AlertGroup, AlertStatus, GroupState, Time, TimerMetadata},
+        version::Version,
+    },
     store::{Backend, Expires},
-    version::Version,
 };
 
 pub fn backend(backend: Backend) -> i32 {

@@ -34,10 +34,10 @@ use super::{
 };
 use crate::{
     auth::Tokens,
+    domain::version::InstanceId,
     reload::Watched,
     store::GroupStore,
     telemetry::{self, Limit, seldom},
-    version::InstanceId,
     waits::{Client, Wait},
 };
 

@@ -11,11 +11,14 @@ use prost_types::Timestamp;
 
 use super::{proto as pb, status::CallError};
 use crate::{
-    group::{
-        Alert, AlertGroup, AlertStatus, GroupKey, GroupMetadata, GroupState, Time, TimerMetadata,
+    domain::{
+        group::{
+            Alert, AlertGroup, AlertStatus, GroupKey, GroupMetadata, GroupState, Time,
+            TimerMetadata,
+        },
+        version::Version,
     },
     store::Expiry,
-    version::Version,
 };
 
 /// What a request may hold.
@@ -522,7 +525,7 @@ fn time(
         .ok()
         .and_then(|nanos| Time::from_parts(timestamp.seconds, nanos).ok())
         .or_else(|| {
-            violations.add(field, crate::group::TimeError.to_string());
+            violations.add(field, crate::domain::group::TimeError.to_string());
             None
         })
 }

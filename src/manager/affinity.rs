@@ -29,12 +29,14 @@ use super::{
     remote::{RemoteSettings, RemoteStore},
 };
 use crate::{
-    group::{AlertGroup, GroupKey},
+    domain::{
+        group::{AlertGroup, GroupKey},
+        version::Version,
+    },
     store::{
         Backend, Deadline, Deletion, ErrorKind, Expiry, GroupStore, KeyPage, LoadAll, Reply,
         Stored, Swap, Written,
     },
-    version::Version,
 };
 
 /// The instances of a service. Cheap to clone.

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{
-    ManagerSettings, Outcome,
-    change::{Applied, Change, Step},
-};
+use super::{ManagerSettings, Outcome};
+use crate::domain::change::{Applied, Change, Step};
 use crate::{
-    group::{AlertGroup, GroupKey, Time},
-    retention::{Left, Refused},
+    domain::{
+        group::{AlertGroup, GroupKey, Time},
+        retention::{Left, Refused},
+    },
     store::{Answer, Backend, Deadline, ErrorKind, Expiry, Failure, GroupStore, StoreError, Swap},
 };
 

@@ -20,7 +20,7 @@
 
 use std::{collections::BTreeMap, fmt::Write};
 
-use crate::group::GroupKey;
+use crate::domain::group::GroupKey;
 
 /// Makes group keys of labels.
 #[derive(Clone, Debug)]

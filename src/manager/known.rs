@@ -6,7 +6,7 @@ use std::{num::NonZeroUsize, time::Duration};
 
 use tokio::time::Instant;
 
-use crate::group::{AlertGroup, GroupKey, GroupState, Time};
+use crate::domain::group::{AlertGroup, GroupKey, GroupState, Time};
 
 /// Copies of groups, the longest unused of which are forgotten when there are
 /// too many.
@@ -253,7 +253,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::{group::GroupMetadata, version::Version};
+    use crate::domain::{group::GroupMetadata, version::Version};
 
     const HOUR: Duration = Duration::from_secs(3_600);
 

@@ -7,12 +7,14 @@ use super::{
     AlertGroupManager, Changed, DELIVERY_INTERVAL, LONGEST_BACKOFF, MAX_IDLE_DELIVERIES,
     ManagerError, Outcome,
     attempt::{Attempt, Done, attempt, is_worth_another},
-    change::Change,
     stats::add,
 };
+use crate::domain::change::Change;
 use crate::{
-    group::{Alert, AlertGroup, GroupKey},
-    retention::{Refused, RefusedReason},
+    domain::{
+        group::{Alert, AlertGroup, GroupKey},
+        retention::{Refused, RefusedReason},
+    },
     store::{Backend, ErrorKind, StoreError},
 };
 

@@ -21,7 +21,6 @@
 
 pub mod affinity;
 mod attempt;
-pub mod change;
 pub mod group_keys;
 mod hash;
 pub mod known;
@@ -45,16 +44,18 @@ use tokio::time::Instant;
 
 use self::{
     attempt::is_worth_another,
-    change::Change,
     group_keys::GroupKeys,
     known::{Filter, KnownGroups, Mark},
     outbox::Outbox,
     stats::{Counters, add},
     webhook::Webhook,
 };
+use crate::domain::change::Change;
 use crate::{
-    group::{Alert, AlertGroup, GroupKey, Time},
-    retention::{Refused, RefusedReason},
+    domain::{
+        group::{Alert, AlertGroup, GroupKey, Time},
+        retention::{Refused, RefusedReason},
+    },
     store::{Backend, Deadline, Failure, GroupStore, Problem, StoreError},
 };
 

@@ -7,8 +7,8 @@
 
 use std::collections::{BTreeMap, btree_map::Entry};
 
-use super::change::Change;
-use crate::group::GroupKey;
+use crate::domain::change::Change;
+use crate::domain::group::GroupKey;
 
 /// Changes by group, in the order in which they were made. Bounded.
 #[derive(Debug)]
@@ -120,7 +120,7 @@ impl Outbox {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::group::{Alert, Time};
+    use crate::domain::group::{Alert, Time};
 
     fn key(name: &str) -> GroupKey {
         GroupKey::new(name).unwrap()

@@ -33,7 +33,10 @@ use tonic_health::pb::{
 
 use self::replies::{Called, Effect, batch, expires, nonsense, told, whole_group, written};
 use crate::{
-    group::{AlertGroup, GroupKey},
+    domain::{
+        group::{AlertGroup, GroupKey},
+        version::Version,
+    },
     grpc::{
         convert,
         proto::{self as pb, group_state_service_client::GroupStateServiceClient},
@@ -44,7 +47,6 @@ use crate::{
         Backend, Deadline, Deletion, Expiry, Failure, GroupBatch, GroupStore, KeyPage, LoadAll,
         Reply, StoreError, Stored, Swap, Written,
     },
-    version::Version,
 };
 
 /// One groupstate instance. Cheap to clone.

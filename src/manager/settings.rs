@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::retention::Retention;
+use crate::domain::retention::Retention;
 
 /// How a manager goes about its work.
 #[derive(Clone, Debug)]

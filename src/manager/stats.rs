@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Outcome, known::KnownStats, outbox::OutboxCounts};
-use crate::retention::{Left, Refused, RefusedReason};
+use crate::domain::retention::{Left, Refused, RefusedReason};
 
 /// What a manager has done and holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -25,7 +25,7 @@ use serde::{Deserialize, Deserializer, de::Error};
 use serde_json::Value;
 
 use super::{group_keys::GroupKeys, hash::Fnv1a};
-use crate::{
+use crate::domain::{
     group::{Alert, AlertStatus, GroupKey, Time, null_as_default},
     retention::{Refused, RefusedReason},
 };

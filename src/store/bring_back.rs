@@ -19,7 +19,10 @@ use super::{
     redis::{Cause, NotDone, RedisStore},
     switch::Switch,
 };
-use crate::{group::GroupKey, telemetry, version::InstanceId};
+use crate::{
+    domain::{group::GroupKey, version::InstanceId},
+    telemetry,
+};
 
 /// Brings memory and Redis together.
 pub struct BringBack {

@@ -11,7 +11,7 @@ use super::{
     Answer, Backend, Deadline, Deletion, Expires, Expiry, Failure, GroupBatch, GroupStore, KeyPage,
     LoadAll, Problem, Reply, StoreError, Stored, Swap, Written,
 };
-use crate::{
+use crate::domain::{
     document::{Document, DocumentHead},
     group::{AlertGroup, GroupKey},
     version::{InstanceId, Version},

@@ -22,7 +22,7 @@ use super::{
     redis::{Cause, NotDone, RedisStore, Trail, pipelines},
     switch::{OnRecovery, Switch},
 };
-use crate::{
+use crate::domain::{
     group::GroupKey,
     version::{InstanceId, Version},
 };

@@ -37,7 +37,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::time::Instant;
 
-use crate::{
+use crate::domain::{
     document::Unreadable,
     group::{AlertGroup, GroupKey, Time},
     version::Version,

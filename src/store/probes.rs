@@ -17,7 +17,7 @@ use super::{
     memory::Loss,
     redis::{NotDone, Primaries, RedisStore, Shard, Trail},
 };
-use crate::{
+use crate::domain::{
     document::DocumentHead,
     group::{AlertGroup, GroupKey, GroupMetadata},
     version::{InstanceId, Version},

@@ -22,10 +22,12 @@ use super::{
     redis::{Cause, LostDocument, NotDone, Offered, RedisStore, Trail},
 };
 use crate::{
-    document::{Document, DocumentHead},
-    group::{AlertGroup, GroupKey},
+    domain::{
+        document::{Document, DocumentHead},
+        group::{AlertGroup, GroupKey},
+        version::{InstanceId, Version},
+    },
     telemetry::{self, seldom},
-    version::{InstanceId, Version},
 };
 
 /// What Redis holds at a key that was changed here.
@@ -625,7 +627,7 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
-    use crate::group::{Alert, GroupMetadata};
+    use crate::domain::group::{Alert, GroupMetadata};
 
     fn version(version: i64) -> Version {
         Version::new(version).unwrap()

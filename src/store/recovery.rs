@@ -28,7 +28,7 @@ use super::{
     redis::{Cause, NoPong, NotDone, RedisStore},
     switch::{OnRecovery, Switch},
 };
-use crate::{telemetry, version::InstanceId};
+use crate::{domain::version::InstanceId, telemetry};
 
 /// Watches over Redis until it is dropped.
 pub struct Recovery {

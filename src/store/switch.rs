@@ -10,7 +10,7 @@ use super::{
     memory::{Loss, MemoryStore},
 };
 use crate::{
-    group::Time,
+    domain::group::Time,
     telemetry::{self, Seldom, SwitchState},
 };
 

@@ -16,7 +16,7 @@ use metrics::{
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 use super::seldom;
-use crate::{group::GroupKey, store::memory::Usage};
+use crate::{domain::group::GroupKey, store::memory::Usage};
 
 /// Existing dashboards know the metrics by names that begin like this.
 const PREFIX: &str = "alert_history_business_grouping_";

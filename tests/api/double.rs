@@ -9,14 +9,16 @@ use async_trait::async_trait;
 use futures::{StreamExt, stream};
 use groupstate::{
     config::Settings,
-    group::{AlertGroup, GroupKey},
+    domain::{
+        group::{AlertGroup, GroupKey},
+        version::{InstanceId, Version},
+    },
     grpc::proto::group_state_service_client::GroupStateServiceClient,
     server::{Server, Stop},
     store::{
         Backend, Deadline, Deletion, Expiry, GroupBatch, GroupStore, KeyPage, LoadAll, Reply,
         StoreError, Stored, Swap, Written,
     },
-    version::{InstanceId, Version},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};

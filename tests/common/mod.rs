@@ -31,7 +31,7 @@ use std::{
     time::Duration,
 };
 
-use groupstate::group::{
+use groupstate::domain::group::{
     Alert, AlertGroup, AlertStatus, GroupKey, GroupMetadata, GroupState, Time,
 };
 use rustix::process::{Pid, Signal, kill_process};

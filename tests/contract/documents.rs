@@ -5,9 +5,11 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::StreamExt;
 use groupstate::{
-    group::{AlertGroup, AlertStatus, GroupState, Time},
+    domain::{
+        group::{AlertGroup, AlertStatus, GroupState, Time},
+        version::Version,
+    },
     store::{Deadline, Expiry, StoreError, Swap},
-    version::Version,
 };
 use redis::{AsyncCommands, aio::MultiplexedConnection};
 use serde_json::Value;

@@ -4,9 +4,8 @@
 use std::{sync::Arc, time::Duration};
 
 use groupstate::{
-    group::AlertGroup,
+    domain::{group::AlertGroup, version::Version},
     store::{Deadline, Deletion, GroupStore, Reply, StoreError, Swap, Written},
-    version::Version,
 };
 
 use crate::{

@@ -26,6 +26,7 @@ use common::{
     service::Service,
 };
 use groupstate::{
+    domain::version::InstanceId,
     manager::remote::{RemoteSettings, RemoteStore},
     store::{
         GroupStore,
@@ -35,7 +36,6 @@ use groupstate::{
         redis::{RedisFiles, RedisLimits, RedisSettings, RedisStore},
         switch::OnRecovery,
     },
-    version::InstanceId,
 };
 use tokio::{sync::Mutex, time::Instant};
 

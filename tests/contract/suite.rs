@@ -4,10 +4,12 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use futures::StreamExt;
 use groupstate::{
-    group::{AlertGroup, GroupKey, Time},
+    domain::{
+        group::{AlertGroup, GroupKey, Time},
+        version::Version,
+    },
     grpc::validation::MIN_TTL,
     store::{Deadline, ErrorKind, Expiry, GroupStore, Swap, Written},
-    version::Version,
 };
 
 use crate::common::group;

@@ -8,10 +8,12 @@
 use std::{sync::LazyLock, time::Duration};
 
 use groupstate::{
-    document::{Document, DocumentHead},
-    group::{AlertGroup, GroupKey, GroupMetadata},
+    domain::{
+        document::{Document, DocumentHead},
+        group::{AlertGroup, GroupKey, GroupMetadata},
+        version::Version,
+    },
     store::{Deadline, Expiry, GroupStore, StoreError, Swap},
-    version::Version,
 };
 use proptest::{prelude::*, test_runner::TestRunner};
 use redis::{AsyncCommands, aio::MultiplexedConnection};

@@ -53,7 +53,7 @@ use std::{
     fmt,
 };
 
-use groupstate::version::Version;
+use groupstate::domain::version::Version;
 
 use crate::{
     facts::{Contradiction, Facts, Step},

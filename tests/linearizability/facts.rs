@@ -5,8 +5,8 @@
 use std::collections::{HashMap, HashSet};
 
 use groupstate::{
+    domain::version::Version,
     store::{Deletion, documents::Condition},
-    version::Version,
 };
 
 use crate::history::{Act, Call, Content, Outcome, Seen, Swapped};

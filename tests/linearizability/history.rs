@@ -3,9 +3,8 @@
 use std::fmt;
 
 use groupstate::{
-    group::AlertGroup,
+    domain::{group::AlertGroup, version::Version},
     store::{Backend, Deletion, Reply, StoreError, Swap},
-    version::Version,
 };
 
 use crate::common;

@@ -10,12 +10,14 @@ use std::{
 
 use async_trait::async_trait;
 use groupstate::{
-    group::{AlertGroup, GroupKey},
+    domain::{
+        group::{AlertGroup, GroupKey},
+        version::{InstanceId, Version},
+    },
     store::{
         Backend, Deadline, Deletion, Expiry, Failure, GroupStore, KeyPage, LoadAll, Reply,
         StoreError, Stored, Swap, Written, documents::Documents, memory::MemoryStore,
     },
-    version::{InstanceId, Version},
 };
 
 use crate::workload::Store;

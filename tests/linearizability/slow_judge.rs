@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use groupstate::{store::Deletion, version::Version};
+use groupstate::{domain::version::Version, store::Deletion};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
 use crate::{

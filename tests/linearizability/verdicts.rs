@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use groupstate::{store::Deletion, version::Version};
+use groupstate::{domain::version::Version, store::Deletion};
 
 use crate::{
     checker::check,

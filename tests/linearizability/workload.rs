@@ -11,13 +11,15 @@ use std::{
 };
 
 use groupstate::{
-    group::GroupKey,
+    domain::{
+        group::GroupKey,
+        version::{InstanceId, Version},
+    },
     store::{
         Backend, Deadline, Expiry, GroupStore,
         documents::Documents,
         redis::{RedisFiles, RedisLimits, RedisSettings, RedisStore},
     },
-    version::{InstanceId, Version},
 };
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tokio::{task::JoinSet, time::Instant};

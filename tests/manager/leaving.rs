@@ -4,9 +4,11 @@
 use std::time::Duration;
 
 use groupstate::{
-    group::{Alert, AlertStatus, Time},
+    domain::{
+        group::{Alert, AlertStatus, Time},
+        retention::{Refused, RefusedReason, Retention},
+    },
     manager::{AlertGroupManager, Changed, ManagerError, ManagerSettings, Outcome},
-    retention::{Refused, RefusedReason, Retention},
 };
 
 use crate::{

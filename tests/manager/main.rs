@@ -27,7 +27,7 @@ use std::{
 
 use common::{redis_server::RedisServer, service::Service, stalls::Bound};
 use groupstate::{
-    group::{Alert, AlertGroup, AlertStatus, GroupKey, GroupState, Time},
+    domain::group::{Alert, AlertGroup, AlertStatus, GroupKey, GroupState, Time},
     manager::{
         AlertGroupManager, ManagerError, ManagerSettings, Outcome, Source, StateChange,
         affinity::Instances, known::Filter, remote::RemoteSettings,

@@ -10,13 +10,15 @@ use std::{
 
 use async_trait::async_trait;
 use groupstate::{
-    group::{AlertGroup, GroupKey},
+    domain::{
+        group::{AlertGroup, GroupKey},
+        version::{InstanceId, Version},
+    },
     manager::{AlertGroupManager, ManagerError, ManagerSettings, Outcome},
     store::{
         Backend, Deadline, Deletion, Expiry, GroupStore, KeyPage, LoadAll, Reply, StoreError,
         Stored, Swap, Written, documents::Documents, memory::MemoryStore,
     },
-    version::{InstanceId, Version},
 };
 use tokio::task::JoinSet;
 

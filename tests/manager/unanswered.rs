@@ -12,10 +12,12 @@ use std::{
 };
 
 use groupstate::{
-    group::{AlertGroup, GroupKey, GroupMetadata},
+    domain::{
+        group::{AlertGroup, GroupKey, GroupMetadata},
+        version::Version,
+    },
     manager::remote::{RemoteSettings, RemoteStore},
     store::{Deadline, ErrorKind, Expiry, GroupStore, StoreError},
-    version::Version,
 };
 use h2::{Reason, server::SendResponse};
 use http::{Response, StatusCode};

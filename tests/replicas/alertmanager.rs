@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use groupstate::group::{AlertGroup, AlertStatus, Time};
+use groupstate::domain::group::{AlertGroup, AlertStatus, Time};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 

@@ -64,7 +64,7 @@ async fn fires_as_it_should(redis: &mut MultiplexedConnection, round: usize) {
 }
 
 fn webhook(round: usize) -> String {
-    let now = groupstate::group::Time::now().to_string();
+    let now = groupstate::domain::group::Time::now().to_string();
     let alert = |job: String, status: &str| {
         json!({
             "status": status,

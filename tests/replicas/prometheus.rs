@@ -12,7 +12,7 @@ use std::{
 };
 
 use axum::{Router, routing::get};
-use groupstate::group::AlertStatus;
+use groupstate::domain::group::AlertStatus;
 use tokio::{
     io::copy_bidirectional,
     net::{TcpListener, TcpStream},

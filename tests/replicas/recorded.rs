@@ -6,7 +6,7 @@ use std::{
 };
 
 use groupstate::{
-    group::{Alert, AlertGroup, AlertStatus, GroupKey, GroupState, Time},
+    domain::group::{Alert, AlertGroup, AlertStatus, GroupKey, GroupState, Time},
     manager::{group_keys::GroupKeys, webhook::Webhook},
 };
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use groupstate::{
-    group::AlertGroup,
+    domain::group::AlertGroup,
     manager::remote::{RemoteSettings, RemoteStore},
     store::{Backend, Deadline, GroupStore},
 };

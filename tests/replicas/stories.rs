@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, process::Command, time::Duration};
 
-use groupstate::group::Time;
+use groupstate::domain::group::Time;
 use redis::AsyncCommands;
 use serde_json::{Value, json};
 

@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use groupstate::{
+use groupstate::domain::{
     group::{AlertGroup, AlertStatus},
     retention::RefusedReason,
 };

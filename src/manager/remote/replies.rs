@@ -6,10 +6,12 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 use crate::{
-    group::{AlertGroup, Time},
+    domain::{
+        group::{AlertGroup, Time},
+        version::Version,
+    },
     grpc::{convert, proto as pb, status, validation},
     store::{Backend, ErrorKind, Expires, Failure, GroupBatch, Problem, StoreError, Written},
-    version::Version,
 };
 
 /// Whether a call changes something.

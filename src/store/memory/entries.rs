@@ -31,7 +31,7 @@ use super::{
     entry::{Changed, Content, Entry, Ours, Standing},
     loss::{Around, Loss, Losses},
 };
-use crate::{document::Document, group::GroupKey, version::Version};
+use crate::domain::{document::Document, group::GroupKey, version::Version};
 
 /// The entries, and what is known of Redis.
 #[derive(Debug)]

@@ -5,7 +5,7 @@ use std::{borrow::Cow, time::Duration};
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use crate::{document::Document, group::GroupKey, version::Version};
+use crate::domain::{document::Document, group::GroupKey, version::Version};
 
 /// One group, or the trace of one.
 #[derive(Clone, Debug)]

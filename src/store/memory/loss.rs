@@ -4,7 +4,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
-use crate::{group::GroupKey, version::Version};
+use crate::domain::{group::GroupKey, version::Version};
 
 /// Keys of groups, by what they have in common.
 pub type Keys = Arc<dyn Fn(&GroupKey) -> bool + Send + Sync>;

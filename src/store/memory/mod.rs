@@ -44,7 +44,7 @@ use super::{
     page_token::PageToken,
     switch::OnRecovery,
 };
-use crate::{
+use crate::domain::{
     document::{Document, Draft},
     group::{GroupKey, Time},
     version::{InstanceId, MemoryVersions, RedisClock, Version},
@@ -784,7 +784,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::{
+    use crate::domain::{
         document::DocumentHead,
         group::{AlertGroup, GroupMetadata},
     };

@@ -5,12 +5,11 @@ use futures::StreamExt;
 
 use super::{NotDone, RedisStore, Trail, pipelines};
 use crate::{
-    group::GroupKey,
+    domain::{group::GroupKey, version::Version},
     store::{
         Backend, Deadline, Deletion, KeyPage, Reply,
         documents::{DocumentStore, ReadAll, StoredDocument, Write, WriteOutcome},
     },
-    version::Version,
 };
 
 #[async_trait]

@@ -21,7 +21,7 @@ use super::{
     topology::Topology,
     url::Deployment,
 };
-use crate::{store::StoreError, version::RedisClock};
+use crate::{domain::version::RedisClock, store::StoreError};
 
 /// The way to Redis. Cheap to clone.
 #[derive(Clone)]

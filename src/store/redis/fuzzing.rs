@@ -11,8 +11,11 @@ use super::{
     write::{Bounded, read_delete_reply, read_read_reply, read_write_reply, too_early_by},
 };
 use crate::{
-    group::GroupKey,
-    store::{Deletion, documents::StoredDocument, documents::WriteOutcome},
+    domain::group::GroupKey,
+    store::{
+        Deletion,
+        documents::{StoredDocument, WriteOutcome},
+    },
 };
 
 /// What each script's reader makes of one reply; None: a fault, or what is stored is too

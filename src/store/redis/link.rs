@@ -36,8 +36,8 @@ use super::{
     topology::{Node, Topology},
 };
 use crate::{
+    domain::version::{IntervalClock, RedisClock},
     telemetry::{self, RedisCommand},
-    version::{IntervalClock, RedisClock},
 };
 
 /// Connections to a server; in a cluster each of them leads to every primary.

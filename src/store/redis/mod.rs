@@ -69,10 +69,12 @@ use super::{
     documents::{DocumentBatch, StoredDocument, Write, WriteOutcome},
 };
 use crate::{
-    document::Document,
-    group::GroupKey,
+    domain::{
+        document::Document,
+        group::GroupKey,
+        version::{RedisClock, Version},
+    },
     telemetry::{self, RedisCommand},
-    version::{RedisClock, Version},
 };
 
 /// Keeps documents in Redis. Cheap to clone.

@@ -6,7 +6,7 @@ use super::{
     server_info::ServerInfo,
     topology::{Node, Topology},
 };
-use crate::{group::GroupKey, store::memory::Keys};
+use crate::{domain::group::GroupKey, store::memory::Keys};
 
 /// What the servers say of themselves: the only one, or the primaries of a cluster.
 pub struct Primaries {

@@ -23,8 +23,7 @@ use super::{
     write::{Bounded, read_read_reply},
 };
 use crate::{
-    document::Document,
-    group::GroupKey,
+    domain::{document::Document, group::GroupKey},
     store::{
         Backend, Deadline, KeyPage, Problem, StoreError,
         caller::Caller,
@@ -659,7 +658,7 @@ fn says_foreign(reply: &Value) -> bool {
 /// A key of ours as a group key. No error for the service's own keys, which no
 /// listing shows.
 fn group_key(key: &[u8]) -> Result<GroupKey, Option<StoreError>> {
-    use crate::group::GroupKeyError;
+    use crate::domain::group::GroupKeyError;
 
     let not_a_key = |reason: String| Some(StoreError::NotAGroupKey(reason));
     let key = std::str::from_utf8(key).map_err(|_| not_a_key("is not UTF-8".into()))?;

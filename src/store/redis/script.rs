@@ -11,7 +11,10 @@ use super::{
     fault::Fault,
     topology::{Node, Place},
 };
-use crate::{document::Document, group::GroupKey, store::StoreError};
+use crate::{
+    domain::{document::Document, group::GroupKey},
+    store::StoreError,
+};
 
 /// Writes a document under a condition; see `write.lua`.
 pub static WRITE: LazyLock<Script> = LazyLock::new(|| {

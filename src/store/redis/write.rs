@@ -8,14 +8,16 @@ use fred::prelude::Value;
 
 use super::{fault::Fault, script::ScriptReply};
 use crate::{
-    document::{Document, Unreadable},
-    group::{GroupKey, Time},
+    domain::{
+        document::{Document, Unreadable},
+        group::{GroupKey, Time},
+        version::Version,
+    },
     store::{
         Deletion, Expires, Expiry, StoreError, Written,
         documents::{Condition, StoredDocument, Write, WriteOutcome},
     },
     telemetry::seldom,
-    version::Version,
 };
 
 /// Documents that one pipeline holds at most, and calls at once where they have
@@ -217,7 +219,7 @@ pub fn why_unreadable(document: &Document) -> StoreError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
+    use crate::domain::{
         document::DocumentHead,
         group::{AlertGroup, GroupMetadata},
     };

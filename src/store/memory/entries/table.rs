@@ -14,7 +14,7 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use crate::{
-    group::GroupKey,
+    domain::group::GroupKey,
     store::memory::entry::{Content, Entry, Standing},
 };
 

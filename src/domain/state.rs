@@ -19,7 +19,7 @@ use std::{
     collections::{BTreeMap, btree_map::Entry},
 };
 
-use super::{Alert, AlertGroup, AlertStatus, GroupKey, GroupMetadata, GroupState, Time};
+use super::group::{Alert, AlertGroup, AlertStatus, GroupKey, GroupMetadata, GroupState, Time};
 
 /// How many alerts of a group fire, and how many are resolved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -29,7 +29,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{
+use super::{
     document::DocumentHead,
     group::{Alert, AlertGroup, AlertStatus, GroupMetadata, GroupState, Time},
 };

@@ -8,7 +8,7 @@
 
 use std::cmp::Ordering;
 
-use crate::{
+use super::{
     group::{Alert, AlertGroup, GroupKey, Time},
     retention::{Left, Refused, Retention},
     version::Version,
@@ -189,7 +189,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::group::AlertStatus;
+    use crate::domain::group::AlertStatus;
 
     fn at(second: i64) -> Time {
         Time::from_parts(second, 0).unwrap()

@@ -1,7 +1,7 @@
 //! Examples that read as stories, then properties.
 
 use super::*;
-use crate::{
+use crate::domain::{
     group::{AlertStatus, GroupKey, GroupState},
     version::Version,
 };

@@ -10,12 +10,9 @@ use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use thiserror::Error;
 
-use crate::version::Version;
+use super::version::Version;
 
-mod merge;
-mod state;
-
-pub use {merge::Merged, state::Counts};
+pub use super::{merge::Merged, state::Counts};
 
 /// A group of alerts under one key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

@@ -5,7 +5,7 @@ use std::ops::Range;
 use proptest::prelude::*;
 
 use super::*;
-use crate::group::GroupKey;
+use crate::domain::group::GroupKey;
 
 const HOUR: i64 = 3_600;
 
@@ -107,7 +107,7 @@ fn resolved_alerts_leave_an_hour_after_their_report_and_silent_ones_after_a_day(
     assert_eq!(names(&after), ["heard of"]);
     let metadata = &after.metadata;
     assert_eq!((metadata.firing_count, metadata.resolved_count), (1, 0));
-    assert_eq!(metadata.state, crate::group::GroupState::Firing);
+    assert_eq!(metadata.state, crate::domain::group::GroupState::Firing);
 }
 
 /// The Go service writes the start of an alert as the time of its report. One that has

@@ -55,7 +55,7 @@ use std::{
 };
 
 use super::{
-    Alert, AlertGroup, GroupMetadata, Time, TimerMetadata,
+    group::{Alert, AlertGroup, GroupMetadata, Time, TimerMetadata},
     state::{Counts, saturated},
 };
 

@@ -17,7 +17,7 @@ use bytes::Bytes;
 use serde::Deserialize;
 use sha1::{Digest, Sha1};
 
-use crate::{
+use super::{
     group::{Alert, AlertGroup, GroupKey, GroupMetadata, null_as_default},
     version::{InstanceId, Version},
 };
@@ -319,7 +319,7 @@ fn hex(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::group::{AlertStatus, GroupState, Time};
+    use crate::domain::group::{AlertStatus, GroupState, Time};
     use proptest::prelude::*;
 
     fn document(key: &str, json: impl Into<Bytes>) -> Document {
