@@ -95,6 +95,7 @@ impl Probes {
             stale: Vec::new(),
             primaries,
         };
+        let known: Vec<String> = self.known.iter().map(|it| it.run_id.clone()).collect();
         for (probe, found) in self.known.iter_mut().zip(found) {
             let server = look.primaries.of(&probe.key);
             let same_process = server.is_some_and(|server| server.run_id == probe.run_id);
@@ -104,6 +105,12 @@ impl Probes {
                 continue;
             }
             look.stale.push(probe.key.clone());
+            // Its slot has moved, from one process that is still there to another one.
+            let has_moved = server.is_some_and(|server| known.contains(&server.run_id))
+                && look.primaries.has_process(&probe.run_id);
+            if is_there && has_moved {
+                continue;
+            }
             let may_evict = server.is_some_and(|server| server.may_evict());
             if !is_there && same_process && may_evict {
                 // It throws away any key. That is told elsewhere.

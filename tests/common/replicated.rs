@@ -94,6 +94,7 @@ impl Replicated {
     /// Lets a primary fail, and waits until a replica has taken its place. When
     /// that was.
     pub async fn fail_over(&mut self, failure: Failure) -> Instant {
+        self.find_primary().await;
         let (failing, candidates) = match self {
             Self::Sentinel(sentinel) => {
                 let (primary, replicas) = sentinel.servers.split_first_mut().unwrap();
@@ -181,8 +182,22 @@ impl Replicated {
                         .unwrap();
                 }
                 sentinel.wait_until_ready().await;
+                self.find_primary().await;
             }
             Self::Cluster(cluster) => cluster.wait_until_followed().await,
+        }
+    }
+
+    /// On a busy machine sentinels may take a primary for dead that is not, and then it is
+    /// another one than expected.
+    async fn find_primary(&mut self) {
+        if let Self::Sentinel(sentinel) = self {
+            for index in 0..sentinel.servers.len() {
+                if is_primary(&sentinel.servers[index]).await {
+                    sentinel.servers.swap(0, index);
+                    return;
+                }
+            }
         }
     }
 

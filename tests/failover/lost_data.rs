@@ -294,9 +294,10 @@ async fn an_acknowledged_write_whose_answer_was_held_is_in_redis() {
     // The link is slow, and nobody is to take that for an outage.
     let slow = ["--redis-timeout", "2s", "--trip-after", "10s"];
     let mut scene = Scene::new(&[RECONCILE, &slow].concat()).await;
-    scene.proxy.delay(ONE_WAY);
     let mut redis = scene.redis_client().await;
+    let mut acknowledged = 0;
     for round in 0..4 {
+        scene.proxy.delay(ONE_WAY);
         let key = format!("k/{round}");
         let mut client = scene.client.clone();
         let storing = {
@@ -316,7 +317,11 @@ async fn an_acknowledged_write_whose_answer_was_held_is_in_redis() {
         .await;
         scene.redis.restart().await;
         redis = scene.redis_client().await;
-        if storing.await.unwrap().is_ok() {
+        let stored = storing.await.unwrap();
+        scene.proxy.delay(Duration::ZERO);
+        scene.wait_until_back().await;
+        if stored.is_ok() {
+            acknowledged += 1;
             wait_until("it is there again", HEALED_WITHIN, async || {
                 keys_in(&mut redis.clone()).await.contains(&redis_key)
             })
@@ -325,6 +330,7 @@ async fn an_acknowledged_write_whose_answer_was_held_is_in_redis() {
             assert_eq!(fingerprints(&loaded), ["a"]);
         }
     }
+    assert!(acknowledged > 0, "nothing was held");
 }
 
 /// Nobody puts it back, since others may have deleted it; but what is stored in its place

@@ -41,6 +41,11 @@ impl Primaries {
         Some(Shard::of(&self.topology, node, &self.key_prefix))
     }
 
+    /// Whether one of them is this process.
+    pub fn has_process(&self, run_id: &str) -> bool {
+        self.infos.iter().any(|info| info.run_id == run_id)
+    }
+
     /// All of them as one.
     pub fn as_one(&self) -> ServerInfo {
         ServerInfo::join(self.infos.clone())
@@ -103,6 +108,7 @@ mod tests {
         let (one, two) = (on("one"), on("two"));
         let holds = primaries.shard_of(&one).unwrap().keys().unwrap();
         assert!(holds(&one) && !holds(&two));
+        assert!(primaries.has_process("one") && !primaries.has_process("three"));
         assert_ne!(primaries.shard_of(&one), primaries.shard_of(&two));
         let only = Shard::of(&Topology::single(), &Node::Only, "x:");
         assert!(only.keys().is_none());
