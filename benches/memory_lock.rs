@@ -27,8 +27,8 @@ use groupstate::{
     store::{
         Deadline, Expiry,
         documents::{Condition, DocumentStore, Write},
+        failover::switch::OnRecovery,
         memory::{Loss, MemoryStore, Ours, Shown, times},
-        switch::OnRecovery,
     },
 };
 

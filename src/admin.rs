@@ -218,7 +218,7 @@ impl Admin {
         match &self.failover {
             None => Status::Ok,
             Some(failover) if failover.switch().redis_period().is_none() => Status::Degraded,
-            Some(failover) if failover.recovery().bring_back().is_warming() => Status::Warming,
+            Some(failover) if failover.monitor().resync().is_warming() => Status::Warming,
             Some(_) => Status::Ok,
         }
     }
@@ -239,7 +239,7 @@ impl Admin {
             ),
             Some(failover) => {
                 let status = failover.switch().status();
-                let latency = failover.recovery().ping_latency();
+                let latency = failover.monitor().ping_latency();
                 (
                     RedisHealth {
                         status: if status.closed { "up" } else { "down" },

@@ -21,8 +21,8 @@ use crate::{
     grpc::validation::MIN_TTL,
     reload::{Opened, Watched, Watcher},
     store::{
+        failover::switch::OnRecovery,
         redis::{RedisFiles, RedisLimits, RedisSettings},
-        switch::OnRecovery,
     },
     telemetry::FileSetting,
     tls::{Authorities, Identity},

@@ -28,10 +28,9 @@ use crate::{
     store::{
         GroupStore,
         documents::Documents,
-        failover::{Failover, FailoverSettings},
+        failover::{Failover, FailoverSettings, switch::Switch},
         memory::MemoryStore,
         redis::RedisStore,
-        switch::Switch,
     },
     telemetry::{self, Traces},
     tls::ServerTls,
@@ -325,7 +324,7 @@ impl Server {
         let unsaved = match &self.failover {
             Some(failover) => {
                 let deadline = Instant::now() + LAST_TRY;
-                failover.recovery().last_try(deadline).await
+                failover.monitor().last_try(deadline).await
             }
             None => 0,
         };

@@ -23,8 +23,8 @@ use groupstate::{
     store::{
         Deadline, Expiry,
         documents::{Condition, DocumentStore, Documents, Write, WriteOutcome},
+        failover::switch::{OnRecovery, Switch},
         memory::{MemoryStore, Shown},
-        switch::{OnRecovery, Switch},
     },
 };
 use http::Request;

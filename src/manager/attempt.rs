@@ -6,9 +6,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{ManagerSettings, Outcome};
-use crate::domain::change::{Applied, Change, Step};
 use crate::{
     domain::{
+        change::{Applied, Change, Step},
         group::{AlertGroup, GroupKey, Time},
         retention::{Left, Refused},
     },

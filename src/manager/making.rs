@@ -9,9 +9,9 @@ use super::{
     attempt::{Attempt, Done, attempt, is_worth_another},
     stats::add,
 };
-use crate::domain::change::Change;
 use crate::{
     domain::{
+        change::Change,
         group::{Alert, AlertGroup, GroupKey},
         retention::{Refused, RefusedReason},
     },

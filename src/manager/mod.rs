@@ -50,9 +50,9 @@ use self::{
     stats::{Counters, add},
     webhook::Webhook,
 };
-use crate::domain::change::Change;
 use crate::{
     domain::{
+        change::Change,
         group::{Alert, AlertGroup, GroupKey, Time},
         retention::{Refused, RefusedReason},
     },

@@ -7,8 +7,7 @@
 
 use std::collections::{BTreeMap, btree_map::Entry};
 
-use crate::domain::change::Change;
-use crate::domain::group::GroupKey;
+use crate::domain::{change::Change, group::GroupKey};
 
 /// Changes by group, in the order in which they were made. Bounded.
 #[derive(Debug)]

@@ -9,25 +9,16 @@
 //! |---|---|
 //! | [`documents`] | groups over documents |
 //! | [`failover`] | Redis with memory behind it, as one store |
-//! | [`switch`], [`breaker`] | who answers; the state machine alone |
-//! | [`recovery`] | the watch over Redis |
 //! | [`caller`] | for whom a call is made |
-//! | [`bring_back`], [`reconcile`] | what goes on when it is back; what becomes of one key |
 //! | [`redis`], [`memory`] | the two stores |
 //! | [`page_token`] | where a listing goes on |
 
-pub mod breaker;
-pub mod bring_back;
 pub mod caller;
 pub mod documents;
 pub mod failover;
 pub mod memory;
 pub mod page_token;
-mod probes;
-pub mod reconcile;
-pub mod recovery;
 pub mod redis;
-pub mod switch;
 
 use std::{sync::Arc, time::Duration};
 

@@ -31,10 +31,9 @@ use groupstate::{
     store::{
         GroupStore,
         documents::Documents,
-        failover::{Failover, FailoverSettings},
+        failover::{Failover, FailoverSettings, switch::OnRecovery},
         memory::MemoryStore,
         redis::{RedisFiles, RedisLimits, RedisSettings, RedisStore},
-        switch::OnRecovery,
     },
 };
 use tokio::{sync::Mutex, time::Instant};

@@ -3,7 +3,7 @@
 
 use std::{fs, process::Command, time::Duration};
 
-use groupstate::{config::Settings, server::longest_stop, store::switch::OnRecovery};
+use groupstate::{config::Settings, server::longest_stop, store::failover::switch::OnRecovery};
 use serde_json::{Value, json};
 
 use crate::{

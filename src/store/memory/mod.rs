@@ -41,8 +41,8 @@ use super::{
     documents::{
         Condition, DocumentBatch, DocumentStore, ReadAll, StoredDocument, Write, WriteOutcome,
     },
+    failover::switch::OnRecovery,
     page_token::PageToken,
-    switch::OnRecovery,
 };
 use crate::domain::{
     document::{Document, Draft},

@@ -5,12 +5,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::{sync::watch, time::Instant};
 
-use super::{
-    breaker::{Breaker, Next, Probe, State},
-    memory::{Loss, MemoryStore},
-};
+use super::breaker::{Breaker, Next, Probe, State};
 use crate::{
     domain::group::Time,
+    store::memory::{Loss, MemoryStore},
     telemetry::{self, Seldom, SwitchState},
 };
 

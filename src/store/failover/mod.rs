@@ -7,6 +7,21 @@
 //! What memory must not do is to answer a write that Redis may still execute:
 //! such a call waits until the last attempt has passed its deadline in Redis,
 //! at most `--redis-timeout`. Reads are answered at once.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`switch`], [`breaker`] | who answers; the state machine alone |
+//! | [`redis_monitor`] | heartbeats, and looks at what Redis has become |
+//! | `probes` | what tells whether the servers of Redis still hold what they held |
+//! | [`resync`] | what goes on when Redis is back |
+//! | [`reconcile`] | what becomes of one key then |
+
+pub mod breaker;
+mod probes;
+pub mod reconcile;
+pub mod redis_monitor;
+pub mod resync;
+pub mod switch;
 
 use std::{borrow::Cow, sync::Arc, time::Duration};
 
@@ -14,13 +29,15 @@ use async_trait::async_trait;
 use futures::{StreamExt, future::join_all};
 use tokio::time::Instant;
 
+use self::{
+    redis_monitor::RedisMonitor,
+    switch::{OnRecovery, Switch},
+};
 use super::{
     Backend, Deadline, Deletion, Expiry, Failure, KeyPage, Reply, StoreError,
     documents::{Condition, DocumentStore, ReadAll, StoredDocument, Write, WriteOutcome},
     memory::{MemoryStore, Refused, Shown, Ticket},
-    recovery::Recovery,
     redis::{Cause, NotDone, RedisStore, Trail, pipelines},
-    switch::{OnRecovery, Switch},
 };
 use crate::domain::{
     group::GroupKey,
@@ -33,7 +50,7 @@ pub struct Failover {
     redis: RedisStore,
     memory: MemoryStore,
     switch: Arc<Switch>,
-    recovery: Arc<Recovery>,
+    monitor: Arc<RedisMonitor>,
 }
 
 /// How the failover is set up.
@@ -98,7 +115,7 @@ impl Failover {
         );
         tokio::spawn(memory.clone().sweep_forever());
         let switch = Arc::new(Switch::new(memory.clone(), settings.on_recovery));
-        let recovery = Recovery::start(
+        let monitor = RedisMonitor::start(
             redis.clone(),
             memory.clone(),
             switch.clone(),
@@ -109,7 +126,7 @@ impl Failover {
             redis,
             memory,
             switch,
-            recovery,
+            monitor,
         }
     }
 
@@ -133,8 +150,8 @@ impl Failover {
         &self.memory
     }
 
-    pub fn recovery(&self) -> &Arc<Recovery> {
-        &self.recovery
+    pub fn monitor(&self) -> &Arc<RedisMonitor> {
+        &self.monitor
     }
 
     fn call_time(&self, deadline: Deadline) -> CallTime {
@@ -183,9 +200,7 @@ impl Failover {
         period: u64,
         time: &CallTime,
     ) -> Result<(), Diverted> {
-        let carried = keys
-            .into_iter()
-            .map(|key| self.recovery.bring_back().carry(key));
+        let carried = keys.into_iter().map(|key| self.monitor.resync().carry(key));
         let carried = async {
             let results = tokio::time::timeout_at(time.end, join_all(carried)).await;
             let results = results.map_err(|_| NotDone {
@@ -356,7 +371,7 @@ impl Failover {
     /// Whether Redis has lost something since it was its turn, or cannot say: then its
     /// answer is not believed.
     async fn may_have_lost(&self, turn: RedisTurn, time: &CallTime) -> bool {
-        let look = self.recovery.may_have_lost(turn.ticket);
+        let look = self.monitor.may_have_lost(turn.ticket);
         tokio::select! {
             looked = tokio::time::timeout_at(time.end, look) => looked.unwrap_or(true),
             () = self.switch.leaves(turn.period) => true,
@@ -404,7 +419,7 @@ impl Failover {
         // A Redis that has come back empty a moment ago must not pass for one that
         // holds no groups: it has to say that it is the one we know.
         while self.switch.redis_period().is_some() && Instant::now() < end {
-            let look = self.recovery.may_have_lost(self.memory.ticket());
+            let look = self.monitor.may_have_lost(self.memory.ticket());
             if tokio::time::timeout_at(end, look).await == Ok(false) {
                 break;
             }

@@ -1,14 +1,14 @@
 //! The watch over Redis: finds out that it is gone, that it is back, and that it
 //! is another one.
 //!
-//! Tasks, for as long as the [`Recovery`] lives:
+//! Tasks, for as long as the [`RedisMonitor`] lives:
 //!
 //! | task | what it does |
 //! |---|---|
 //! | `heartbeat`, one a connection | PINGs; opens the switch, replaces a dead connection |
 //! | `probe` | closes the switch |
 //! | `look_after` | looks at the server, now and then and behind a new connection; keeps the probe keys fresh |
-//! | [`BringBack::run`] | tells Redis what memory holds, then fills the mirror |
+//! | [`Resync::run`] | tells Redis what memory holds, then fills the mirror |
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -22,26 +22,31 @@ use tokio::{
 
 use super::{
     breaker::{Breaker, Next, Probe},
-    bring_back::BringBack,
-    memory::{Loss, MemoryStore, Ticket},
     probes::{Look, Probes},
-    redis::{Cause, NoPong, NotDone, RedisStore},
+    resync::Resync,
     switch::{OnRecovery, Switch},
 };
-use crate::{domain::version::InstanceId, telemetry};
+use crate::{
+    domain::version::InstanceId,
+    store::{
+        memory::{Loss, MemoryStore, Ticket},
+        redis::{Cause, NoPong, NotDone, RedisStore},
+    },
+    telemetry,
+};
 
 /// Watches over Redis until it is dropped.
-pub struct Recovery {
-    watch: Arc<Watch>,
+pub struct RedisMonitor {
+    inner: Arc<Inner>,
     /// Ends the tasks with this value.
     _tasks: JoinSet<()>,
 }
 
-struct Watch {
+struct Inner {
     redis: RedisStore,
     memory: MemoryStore,
     switch: Arc<Switch>,
-    bring_back: Arc<BringBack>,
+    resync: Arc<Resync>,
     trip_after: Duration,
     known: tokio::sync::Mutex<Known>,
     pong: Mutex<Option<Pong>>,
@@ -63,10 +68,10 @@ struct Pong {
     latency: Duration,
 }
 
-// === impl Recovery ===
+// === impl RedisMonitor ===
 
-impl Recovery {
-    /// Starts to watch.
+impl RedisMonitor {
+    /// Starts to inner.
     pub fn start(
         redis: RedisStore,
         memory: MemoryStore,
@@ -74,8 +79,8 @@ impl Recovery {
         trip_after: Duration,
         instance: &InstanceId,
     ) -> Arc<Self> {
-        let watch = Arc::new(Watch {
-            bring_back: Arc::new(BringBack::new(
+        let inner = Arc::new(Inner {
+            resync: Arc::new(Resync::new(
                 redis.clone(),
                 memory.clone(),
                 switch.clone(),
@@ -93,57 +98,57 @@ impl Recovery {
             trip_after,
         });
         let mut tasks = JoinSet::new();
-        for connection in 0..watch.redis.connections() {
-            tasks.spawn(watch.clone().heartbeat(connection));
+        for connection in 0..inner.redis.connections() {
+            tasks.spawn(inner.clone().heartbeat(connection));
         }
-        tasks.spawn(watch.clone().probe());
-        tasks.spawn(watch.clone().look_after());
-        tasks.spawn(watch.bring_back.clone().run());
+        tasks.spawn(inner.clone().probe());
+        tasks.spawn(inner.clone().look_after());
+        tasks.spawn(inner.resync.clone().run());
         Arc::new(Self {
-            watch,
+            inner,
             _tasks: tasks,
         })
     }
 
     /// Whether Redis has lost something since `ticket` was drawn, or cannot say.
     pub async fn may_have_lost(&self, ticket: Ticket) -> bool {
-        let Some(period) = self.watch.switch.redis_period() else {
+        let Some(period) = self.inner.switch.redis_period() else {
             return true;
         };
-        match self.watch.look_again(period).await {
-            Ok(()) => !self.watch.memory.is_current(ticket),
+        match self.inner.look_again(period).await {
+            Ok(()) => !self.inner.memory.is_current(ticket),
             Err(_) => true,
         }
     }
 
     /// What goes on when Redis answers again.
-    pub fn bring_back(&self) -> &BringBack {
-        &self.watch.bring_back
+    pub fn resync(&self) -> &Resync {
+        &self.inner.resync
     }
 
     /// How long the last PING took that was answered.
     pub fn ping_latency(&self) -> Option<Duration> {
-        self.watch.pong().map(|pong| pong.latency)
+        self.inner.pong().map(|pong| pong.latency)
     }
 
     /// Before the end: tries to carry over what memory holds, whatever the
     /// switch says. The number of groups that Redis does not know of after that.
     pub async fn last_try(&self, deadline: Instant) -> usize {
-        let watch = &self.watch;
-        if watch.switch.on_recovery() == OnRecovery::Reconcile && watch.memory.usage().dirty > 0 {
-            let answers = watch.redis.ping_any(Watch::PROBE_BOUND).await.is_ok();
+        let inner = &self.inner;
+        if inner.switch.on_recovery() == OnRecovery::Reconcile && inner.memory.usage().dirty > 0 {
+            let answers = inner.redis.ping_any(Inner::PROBE_BOUND).await.is_ok();
             if answers {
-                let carry = watch.bring_back.carry_all(|| true);
+                let carry = inner.resync.carry_all(|| true);
                 let _ = tokio::time::timeout_at(deadline, carry).await;
             }
         }
-        watch.memory.usage().dirty
+        inner.memory.usage().dirty
     }
 }
 
-// === impl Watch ===
+// === impl Inner ===
 
-impl Watch {
+impl Inner {
     const HEARTBEAT: Duration = Duration::from_millis(200);
     const PROBE_BOUND: Duration = Duration::from_millis(250);
     /// The probe keys are written this often. What Redis took since then may be
@@ -349,7 +354,7 @@ impl Watch {
         if !look.losses.is_empty() {
             // Before anybody can take its answers for those of the one before.
             self.memory.doubt(look.losses.clone());
-            self.bring_back.once_more();
+            self.resync.once_more();
             tell_of_losses(&look);
         }
         if look.losses.is_empty() && known.probes.has_one_on_each() {

@@ -12,20 +12,19 @@ use std::{
 use futures::{StreamExt, stream};
 use tokio::{sync::Notify, time::Instant};
 
-use super::{
-    Deadline,
-    memory::{MemoryStore, Shown},
-    reconcile::Carrier,
-    redis::{Cause, NotDone, RedisStore},
-    switch::Switch,
-};
+use super::{reconcile::Carrier, switch::Switch};
 use crate::{
     domain::{group::GroupKey, version::InstanceId},
+    store::{
+        Deadline,
+        memory::{MemoryStore, Shown},
+        redis::{Cause, NotDone, RedisStore},
+    },
     telemetry,
 };
 
 /// Brings memory and Redis together.
-pub struct BringBack {
+pub struct Resync {
     redis: RedisStore,
     memory: MemoryStore,
     switch: Arc<Switch>,
@@ -36,9 +35,9 @@ pub struct BringBack {
     filled: AtomicU64,
 }
 
-// === impl BringBack ===
+// === impl Resync ===
 
-impl BringBack {
+impl Resync {
     /// Keys that are carried over in one go, at once, and how long that takes at
     /// least: Redis has other things to do as well.
     const CARRY_BATCH: usize = 250;
@@ -106,7 +105,7 @@ impl BringBack {
                 return;
             };
             let goes_on = || self.switch.redis_period() == Some(period);
-            let bring_back = async {
+            let resync = async {
                 if let Some(reason) = self.carry_all(goes_on).await {
                     self.switch.fails(period, &reason);
                 }
@@ -121,7 +120,7 @@ impl BringBack {
             // Another process has to be told of everything before anything is
             // read from it, so what is under way ends.
             tokio::select! {
-                () = bring_back => {}
+                () = resync => {}
                 () = self.switch.leaves(period) => {}
                 () = self.again.notified() => {}
             }

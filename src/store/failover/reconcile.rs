@@ -15,17 +15,17 @@ use futures::{
     future::{BoxFuture, Shared},
 };
 
-use super::{
-    Deadline, Expiry, StoreError, Written,
-    documents::{Condition, Write, WriteOutcome},
-    memory::{Changed, MemoryStore, Ours, Pending, Shown, Ticket},
-    redis::{Cause, LostDocument, NotDone, Offered, RedisStore, Trail},
-};
 use crate::{
     domain::{
         document::{Document, DocumentHead},
         group::{AlertGroup, GroupKey},
         version::{InstanceId, Version},
+    },
+    store::{
+        Deadline, Expiry, StoreError, Written,
+        documents::{Condition, Write, WriteOutcome},
+        memory::{Changed, MemoryStore, Ours, Pending, Shown, Ticket},
+        redis::{Cause, LostDocument, NotDone, Offered, RedisStore, Trail},
     },
     telemetry::{self, seldom},
 };
@@ -352,7 +352,7 @@ impl Carrier {
     }
 
     /// Deletes what Redis may have brought back: this version, or one that was there
-    /// before. `found_at`: see [`Loss::found_at`](super::memory::Loss).
+    /// before. `found_at`: see [`Loss::found_at`](crate::store::memory::Loss).
     async fn delete_again(
         &self,
         key: &GroupKey,
@@ -586,7 +586,7 @@ struct Lost<'a> {
     /// What is left of its time to live; None: it never expires.
     left: Option<Duration>,
     ours: Ours,
-    /// See [`Loss::last_heard`](super::memory::Loss).
+    /// See [`Loss::last_heard`](crate::store::memory::Loss).
     last_heard: Option<Version>,
 }
 

@@ -11,16 +11,18 @@ use std::{collections::VecDeque, time::Duration};
 use futures::future::try_join_all;
 use tokio::time::Instant;
 
-use super::{
-    Deadline, Expiry, StoreError,
-    documents::{Condition, Write, WriteOutcome},
-    memory::Loss,
-    redis::{NotDone, Primaries, RedisStore, Shard, Trail},
-};
-use crate::domain::{
-    document::DocumentHead,
-    group::{AlertGroup, GroupKey, GroupMetadata},
-    version::{InstanceId, Version},
+use crate::{
+    domain::{
+        document::DocumentHead,
+        group::{AlertGroup, GroupKey, GroupMetadata},
+        version::{InstanceId, Version},
+    },
+    store::{
+        Deadline, Expiry, StoreError,
+        documents::{Condition, Write, WriteOutcome},
+        memory::Loss,
+        redis::{NotDone, Primaries, RedisStore, Shard, Trail},
+    },
 };
 
 /// The probes of this instance, as it wrote them last.
