@@ -18,10 +18,9 @@ use std::{
 };
 
 use groupstate::{
-    config::{LogFormat, LogLevel},
-    grpc::call::CallContext,
+    grpc::admission::call::CallContext,
     store::Backend,
-    telemetry::{self, CallResult},
+    telemetry::{self, CallResult, LogFormat, LogLevel},
 };
 use http::Request;
 use tokio_util::task::TaskTracker;

@@ -37,16 +37,12 @@ use tokio::{
 use tower::ServiceExt;
 
 use crate::{
-    accept::{Newest, pause_after},
-    auth::Tokens,
-    config::LogLevel,
     domain::version::InstanceId,
+    grpc::admission::authentication::Tokens,
     reload::Watched,
-    store::{
-        failover::Failover,
-        memory::{MemoryStore, Usage},
-    },
-    telemetry::{self, LogControl, seldom},
+    store::{failover::Failover, memory::MemoryStore},
+    telemetry::{self, LogControl, LogLevel, MemoryUsage, rate_limited},
+    transport::accept::{Newest, pause_after},
 };
 
 /// The text format of Prometheus.
@@ -189,7 +185,7 @@ impl Admin {
             let connection = tokio::spawn(serve_connection(tcp, peer, app.clone()));
             if connections.push(connection.abort_handle()) {
                 let most = MAX_CONNECTIONS;
-                seldom!(
+                rate_limited!(
                     warn,
                     most,
                     "too many connections to the HTTP port: the oldest was closed"
@@ -274,7 +270,7 @@ impl Admin {
         })
     }
 
-    fn usage(&self) -> Usage {
+    fn usage(&self) -> MemoryUsage {
         let mut usage = self.memory.usage();
         if self.failover.is_none() {
             // Without Redis there is nobody to be told.

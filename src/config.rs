@@ -17,15 +17,14 @@ use self::value::{
     redis_timeout, reload_interval, size, trip_after,
 };
 use crate::{
-    auth::Tokens,
-    grpc::validation::MIN_TTL,
+    grpc::{admission::authentication::Tokens, validation::MIN_TTL},
+    pem::{Authorities, Identity},
     reload::{Opened, Watched, Watcher},
     store::{
         failover::switch::OnRecovery,
         redis::{RedisFiles, RedisLimits, RedisSettings},
     },
-    telemetry::FileSetting,
-    tls::{Authorities, Identity},
+    telemetry::{FileSetting, LogFormat, LogLevel},
 };
 
 /// Keeps the state of alert groups for the replicas of an alert-history
@@ -339,48 +338,8 @@ pub enum OnOff {
     Off,
 }
 
-/// See `--log-level`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum LogLevel {
-    Error,
-    Warn,
-    Info,
-    Debug,
-    Trace,
-}
-
-/// See `--log-format`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum LogFormat {
-    Auto,
-    Json,
-    Text,
-}
-
 /// Clocks can count up to here without a check at every sum.
 const LONGEST_TTL: Duration = Duration::from_secs(3_650 * 24 * 3_600);
-
-// === impl LogLevel ===
-
-impl LogLevel {
-    pub const ALL: [Self; 5] = [
-        Self::Error,
-        Self::Warn,
-        Self::Info,
-        Self::Debug,
-        Self::Trace,
-    ];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Error => "error",
-            Self::Warn => "warn",
-            Self::Info => "info",
-            Self::Debug => "debug",
-            Self::Trace => "trace",
-        }
-    }
-}
 
 // === impl Settings ===
 

@@ -9,14 +9,7 @@
 //! | [`telemetry`] | logs, metrics and traces |
 //! | [`reload`] | what is read from files and read again when they change |
 //! | [`server`] | puts the parts together; start and graceful stop |
-//! | [`connections`] | the connections of clients |
-//! | [`cork`] | what a connection writes leaves together |
-//! | [`tasks`] | the tasks of calls |
-//! | [`tls`] | TLS of the gRPC port |
 //! | [`admin`] | the HTTP port: probes, health, metrics |
-//! | [`accept`] | what both ports do about too many connections |
-//! | [`auth`] | who may call |
-//! | [`waits`] | what waits for slow clients, and the bound on it |
 //! | [`grpc`] | the protobuf surface |
 //! | [`manager`] | the replica side, which calls a service of this crate or any store |
 //! | [`store`] | the store contract, and the stores |
@@ -24,22 +17,17 @@
 
 #![forbid(unsafe_code)]
 
-pub mod accept;
 pub mod admin;
-pub mod auth;
 pub mod config;
-pub mod connections;
-pub mod cork;
 pub mod domain;
 #[cfg(any(fuzzing, test))]
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod grpc;
 pub mod manager;
+pub mod pem;
 pub mod reload;
 pub mod server;
 pub mod store;
-pub mod tasks;
 pub mod telemetry;
-pub mod tls;
-pub mod waits;
+pub mod transport;

@@ -12,13 +12,15 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
     admin::{Admin, Phase},
-    auth::Tokens,
     config::{OnOff, Settings},
-    connections::{self, ConnectionLimits},
     domain::version::InstanceId,
     grpc::{
         self,
-        envelope::{Admission, Envelope},
+        admission::{
+            authentication::Tokens,
+            envelope::{Admission, Envelope},
+            slow_clients::{Amount, Waits},
+        },
         proto::group_state_service_server::{GroupStateServiceServer, SERVICE_NAME},
         service::Service,
         services::Services,
@@ -33,8 +35,10 @@ use crate::{
         redis::RedisStore,
     },
     telemetry::{self, Traces},
-    tls::ServerTls,
-    waits::{Amount, Waits},
+    transport::{
+        listener::{self, ConnectionLimits},
+        tls::ServerTls,
+    },
 };
 
 /// A server that has its ports and waits to serve gRPC. HTTP is served already.
@@ -271,12 +275,12 @@ impl Server {
 
         let (finish, finished) = tokio::sync::oneshot::channel::<()>();
         let limits = ConnectionLimits {
-            max_connections: connections::within_open_files(settings.max_connections),
+            max_connections: listener::within_open_files(settings.max_connections),
             max_age: settings.max_connection_age,
             age_grace: settings.max_connection_age_grace,
             max_streams: settings.max_streams_per_connection,
         };
-        let serve = connections::serve(self.grpc, self.tls, limits, waits, envelope, async {
+        let serve = listener::serve(self.grpc, self.tls, limits, waits, envelope, async {
             // An error means that `finish` was dropped, which ends it as well.
             let _ = finished.await;
         });

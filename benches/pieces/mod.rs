@@ -13,8 +13,8 @@ use groupstate::{
         version::{InstanceId, RedisClock, Version},
     },
     grpc::{
+        admission::envelope::{Admission, Envelope},
         convert,
-        envelope::{Admission, Envelope},
         proto::{self as pb, group_state_service_server::GroupStateServiceServer},
         service::Service,
         services::Services,

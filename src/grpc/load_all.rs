@@ -14,7 +14,7 @@ use tokio::{
 };
 use tonic::Status;
 
-use super::{call::CallContext, convert, proto as pb, status::CallError};
+use super::{admission::call::CallContext, convert, proto as pb, status::CallError};
 use crate::{
     store::{Answer, Backend, Deadline, LoadAll, StoreError},
     telemetry::CallResult,

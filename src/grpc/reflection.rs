@@ -16,7 +16,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Code, Status, body::Body, metadata::GRPC_CONTENT_TYPE};
 use tower::ServiceExt;
 
-use super::{call::CallContext, receive::Messages, status::CallError};
+use super::{
+    admission::{call::CallContext, request_body::Messages},
+    status::CallError,
+};
 use crate::store::Backend;
 
 /// The streams of reflection that may be open. Each may keep a window full

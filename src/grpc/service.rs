@@ -7,7 +7,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status};
 
 use super::{
-    call::CallContext,
+    admission::call::CallContext,
     convert, load_all,
     proto::{self as pb, group_state_service_server::GroupStateService},
     status::CallError,

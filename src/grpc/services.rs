@@ -11,7 +11,9 @@ use http::{Request, Response};
 use tonic::{body::Body, service::Routes};
 use tower::Service;
 
-use super::{head::Route, proto::group_state_service_server::GroupStateServiceServer, service};
+use super::{
+    admission::head::Route, proto::group_state_service_server::GroupStateServiceServer, service,
+};
 
 /// Everything that is served on the gRPC port.
 #[derive(Clone)]

@@ -6,11 +6,11 @@ use std::{collections::HashMap, time::Duration};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
+use super::admission::authentication::Rejection;
 use super::proto::{self as pb, ErrorReason};
 use crate::{
-    auth::Rejection,
     store::{Backend, Deadline, ErrorKind, StoreError},
-    telemetry::{CallResult, Limit, seldom},
+    telemetry::{CallResult, Limit, rate_limited},
 };
 
 pub const DOMAIN: &str = "groupstate";
@@ -368,7 +368,7 @@ impl From<StoreError> for CallError {
                     StoreError::Bug(what) => what,
                     _ => "another server says that it has met a bug",
                 };
-                seldom!(error, what, "bug");
+                rate_limited!(error, what, "bug");
                 return Self::internal();
             }
         };

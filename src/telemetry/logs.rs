@@ -17,8 +17,25 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-use super::seldom;
-use crate::config::{LogFormat, LogLevel};
+use super::rate_limited;
+
+/// See `--log-level`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+/// See `--log-format`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    Auto,
+    Json,
+    Text,
+}
 
 /// The level of the log, which may be changed while the process runs.
 #[derive(Debug)]
@@ -75,13 +92,35 @@ pub fn init(level: LogLevel, format: LogFormat) {
     panic::set_hook(Box::new(|panic| {
         let location = panic.location().map(ToString::to_string);
         let message = panic.payload_as_str().unwrap_or("no message");
-        seldom!(error, location, message, "panic");
+        rate_limited!(error, location, message, "panic");
     }));
 }
 
 /// The level of the log; None if this process writes its log elsewhere.
 pub fn log_control() -> Option<Arc<LogControl>> {
     CONTROL.get().cloned()
+}
+
+// === impl LogLevel ===
+
+impl LogLevel {
+    pub const ALL: [Self; 5] = [
+        Self::Error,
+        Self::Warn,
+        Self::Info,
+        Self::Debug,
+        Self::Trace,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
 }
 
 // === impl LogControl ===
@@ -139,7 +178,7 @@ impl LogControl {
     }
 
     fn apply(&self, now: &mut Now, level: LogLevel) {
-        seldom!(
+        rate_limited!(
             info,
             from = now.level.name(),
             to = level.name(),

@@ -15,8 +15,26 @@ use metrics::{
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
-use super::seldom;
-use crate::{domain::group::GroupKey, store::memory::Usage};
+use super::rate_limited;
+use crate::domain::group::GroupKey;
+
+/// What the memory store holds, in numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryUsage {
+    /// Groups. Of many that expire at once, some count until they are removed.
+    pub groups: usize,
+    /// Entries that hold no group: tombstones, and what is known of groups in
+    /// Redis of which a change was dropped.
+    pub traces: usize,
+    /// Documents and overhead.
+    pub bytes: usize,
+    /// The most that `bytes` may be.
+    pub max_bytes: usize,
+    /// Of the entries those that Redis does not know of.
+    pub dirty: usize,
+    /// Of the bytes those of these entries.
+    pub dirty_bytes: usize,
+}
 
 /// Existing dashboards know the metrics by names that begin like this.
 const PREFIX: &str = "alert_history_business_grouping_";
@@ -598,7 +616,7 @@ pub fn redis_lost_data() {
 }
 
 /// What memory holds; told when somebody asks.
-pub fn mirror(usage: Usage) {
+pub fn mirror(usage: MemoryUsage) {
     METERS.mirror_entries.set(usage.groups as f64);
     METERS.mirror_tombstones.set(usage.traces as f64);
     METERS.mirror_bytes.set(usage.bytes as f64);
@@ -613,7 +631,7 @@ pub fn reports_dropped(key: &GroupKey, fingerprints: &[String]) {
     const NAMED: usize = 10;
 
     METERS.reports_dropped.increment(fingerprints.len() as u64);
-    seldom!(
+    rate_limited!(
         info,
         key = key.as_str(),
         reports = fingerprints.len(),

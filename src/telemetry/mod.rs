@@ -5,9 +5,9 @@
 
 mod logs;
 mod metrics;
-mod seldom;
+mod rate_limited;
 mod spans;
 mod traces;
 
-pub(crate) use self::seldom::seldom;
-pub use self::{logs::*, metrics::*, seldom::Seldom, spans::*, traces::Traces};
+pub(crate) use self::rate_limited::rate_limited;
+pub use self::{logs::*, metrics::*, rate_limited::RateLimit, spans::*, traces::Traces};

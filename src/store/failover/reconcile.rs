@@ -27,7 +27,7 @@ use crate::{
         memory::{Changed, MemoryStore, Ours, Pending, Shown, Ticket},
         redis::{Cause, LostDocument, NotDone, Offered, RedisStore, Trail},
     },
-    telemetry::{self, seldom},
+    telemetry::{self, rate_limited},
 };
 
 /// What Redis holds at a key that was changed here.
@@ -546,7 +546,7 @@ impl Carrier {
             Some(Pending::Changed { changed, .. }) => {
                 self.memory.carried(key, changed.change, Shown::Absent);
                 telemetry::degraded_writes_discarded(1);
-                seldom!(
+                rate_limited!(
                     warn,
                     key = key.as_str(),
                     %error,

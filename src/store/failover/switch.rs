@@ -9,7 +9,7 @@ use super::breaker::{Breaker, Next, Probe, State};
 use crate::{
     domain::group::Time,
     store::memory::{Loss, MemoryStore},
-    telemetry::{self, Seldom, SwitchState},
+    telemetry::{self, RateLimit, SwitchState},
 };
 
 /// What becomes of groups that were written while Redis was down.
@@ -243,7 +243,7 @@ impl Inner {
     /// Writes why Redis is still not used when that is another reason than before.
     /// What is left out now is written with the next probe, if it is still so.
     fn tell(&mut self, reason: &str) {
-        static LAST: Seldom = Seldom::new();
+        static LAST: RateLimit = RateLimit::new();
         if self.announced && self.told != reason && LAST.due(std::time::Instant::now()).is_some() {
             reason.clone_into(&mut self.told);
             tracing::warn!(reason, "Redis is still not used");

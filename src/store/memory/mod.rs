@@ -44,10 +44,13 @@ use super::{
     failover::switch::OnRecovery,
     page_token::PageToken,
 };
-use crate::domain::{
-    document::{Document, Draft},
-    group::{GroupKey, Time},
-    version::{InstanceId, MemoryVersions, RedisClock, Version},
+use crate::{
+    domain::{
+        document::{Document, Draft},
+        group::{GroupKey, Time},
+        version::{InstanceId, MemoryVersions, RedisClock, Version},
+    },
+    telemetry::MemoryUsage,
 };
 
 const BACKEND: Backend = Backend::Memory;
@@ -76,24 +79,6 @@ struct Held {
     entries: Entries,
     /// Whether changes are taken: always without Redis, else while it is down.
     takes_changes: bool,
-}
-
-/// What the store holds, in numbers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// Groups. Of many that expire at once, some count until they are removed.
-    pub groups: usize,
-    /// Entries that hold no group: tombstones, and what is known of groups in
-    /// Redis of which a change was dropped.
-    pub traces: usize,
-    /// Documents and overhead.
-    pub bytes: usize,
-    /// The most that `bytes` may be.
-    pub max_bytes: usize,
-    /// Of the entries those that Redis does not know of.
-    pub dirty: usize,
-    /// Of the bytes those of these entries.
-    pub dirty_bytes: usize,
 }
 
 /// Why a change was not made.
@@ -183,11 +168,11 @@ impl MemoryStore {
         }
     }
 
-    pub fn usage(&self) -> Usage {
+    pub fn usage(&self) -> MemoryUsage {
         let mut held = self.shared.lock();
         // What has expired does not count, unless it is too much for one step.
         let _ = held.entries.sweep(Instant::now());
-        Usage {
+        MemoryUsage {
             groups: held.entries.groups(),
             traces: held.entries.traces(),
             bytes: held.entries.bytes(),

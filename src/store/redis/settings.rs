@@ -12,8 +12,8 @@ use super::{
     url::{Credentials, Deployment, RedisUrl, SCHEMES_WITH_TLS},
 };
 use crate::{
+    pem::{Authorities, Identity},
     reload::Watched,
-    tls::{Authorities, Identity},
 };
 
 /// Where Redis is and how to reach it. Its debug form holds no credentials.

@@ -6,9 +6,9 @@ use fred::types::config::{TlsConfig, TlsConnector};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring, sign::SingleCertAndKey};
 
 use crate::{
+    pem::{Authorities, Identity},
     reload::Watched,
     telemetry::{self, FileSetting},
-    tls::{Authorities, Identity},
 };
 
 /// How to connect by TLS.

@@ -17,7 +17,7 @@ use crate::{
         Deletion, Expires, Expiry, StoreError, Written,
         documents::{Condition, StoredDocument, Write, WriteOutcome},
     },
-    telemetry::seldom,
+    telemetry::rate_limited,
 };
 
 /// Documents that one pipeline holds at most, and calls at once where they have
@@ -105,7 +105,7 @@ pub fn read_write_reply(
         "written" => {
             if let Some(bytes) = reply.integer(3) {
                 let (key, sha1) = (key.as_str(), reply.text(4));
-                seldom!(warn, key, bytes, sha1, "replaced an unreadable document");
+                rate_limited!(warn, key, bytes, sha1, "replaced an unreadable document");
             }
             WriteOutcome::Written(Written {
                 version: version(reply, 0)?,
@@ -135,7 +135,7 @@ pub fn read_delete_reply(key: &GroupKey, reply: &ScriptReply) -> Result<Bounded<
         "deleted" => {
             if let Some(bytes) = reply.integer(1) {
                 let (key, sha1) = (key.as_str(), reply.text(2));
-                seldom!(warn, key, bytes, sha1, "removed an unreadable document");
+                rate_limited!(warn, key, bytes, sha1, "removed an unreadable document");
             }
             // None for the 0 of an unreadable document.
             (true, reply.integer(0).and_then(Version::new))

@@ -16,11 +16,11 @@ use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
 use tonic::{Code, Status};
 use tracing::{Level, enabled};
 
-use super::{proto::group_state_service_server::SERVICE_NAME, status::CallError};
+use super::slow_clients::Client;
 use crate::{
+    grpc::{proto::group_state_service_server::SERVICE_NAME, status::CallError},
     store::{Backend, Deadline, caller::Caller},
-    telemetry::{self, CallEnd, CallResult, CallSpan, Operation, seldom},
-    waits::Client,
+    telemetry::{self, CallEnd, CallResult, CallSpan, Operation, rate_limited},
 };
 
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -186,7 +186,7 @@ impl CallContext {
     /// The call has panicked. The panic hook has logged where and why.
     pub fn panicked(&self) {
         let request_id = self.0.request_id.as_str();
-        seldom!(error, request_id, "a call panicked");
+        rate_limited!(error, request_id, "a call panicked");
     }
 }
 
@@ -410,7 +410,7 @@ mod tests {
 
     #[test]
     fn every_rpc_of_the_proto_is_an_operation() {
-        let set = prost_types::FileDescriptorSet::decode(super::super::DESCRIPTORS).unwrap();
+        let set = prost_types::FileDescriptorSet::decode(crate::grpc::DESCRIPTORS).unwrap();
         let files = set
             .file
             .iter()

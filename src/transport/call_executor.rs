@@ -31,7 +31,7 @@ use hyper::rt::Executor;
 use tokio::{runtime::Handle, sync::Notify};
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
-use crate::grpc::envelope::Answer;
+use crate::grpc::admission::envelope::Answer;
 
 /// Tasks for the calls of a connection, as hyper asks for them.
 #[derive(Clone, Debug)]

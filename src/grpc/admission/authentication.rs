@@ -5,7 +5,7 @@ use std::{fmt, net::SocketAddr};
 use http::{HeaderMap, header::AUTHORIZATION};
 use subtle::{Choice, ConstantTimeEq};
 
-use crate::telemetry::{self, AuthenticationFailure, seldom};
+use crate::telemetry::{self, AuthenticationFailure, rate_limited};
 
 /// The tokens that are accepted; at least one.
 pub struct Tokens(Vec<Vec<u8>>);
@@ -60,7 +60,7 @@ impl Tokens {
         self.check(headers).inspect_err(|rejection| {
             telemetry::authentication_failed(rejection.counts_as());
             let peer = peer.map(tracing::field::display);
-            seldom!(warn, peer, reason = %rejection, "a call was refused for want of a valid token");
+            rate_limited!(warn, peer, reason = %rejection, "a call was refused for want of a valid token");
         })
     }
 

@@ -5,7 +5,7 @@
 
 use std::mem::size_of;
 
-use super::proto as pb;
+use crate::grpc::proto as pb;
 
 /// What lies at one place of a message.
 struct Shape {

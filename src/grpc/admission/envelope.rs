@@ -25,20 +25,24 @@ use tonic::{Code, Status, body::Body};
 use tower::ServiceExt;
 
 use super::{
+    authentication::Tokens,
+    slow_clients::{Client, Wait},
+};
+use super::{
     call::{CallContext, REQUEST_ID},
     head::{self, ACCEPT_ENCODING, IDENTITY, Route},
-    proto::ErrorReason,
-    receive::{Inbox, Messages, Room},
-    reflection::{self, MAX_REFLECTION_STREAMS},
-    status::CallError,
+    request_body::{Inbox, Messages, Room},
 };
 use crate::{
-    auth::Tokens,
     domain::version::InstanceId,
+    grpc::{
+        proto::ErrorReason,
+        reflection::{self, MAX_REFLECTION_STREAMS},
+        status::CallError,
+    },
     reload::Watched,
     store::GroupStore,
-    telemetry::{self, Limit, seldom},
-    waits::{Client, Wait},
+    telemetry::{self, Limit, rate_limited},
 };
 
 const INSTANCE: HeaderName = HeaderName::from_static("x-groupstate-instance");
@@ -265,7 +269,7 @@ impl Shared {
         }
         head::check_metadata(headers).inspect_err(|error| {
             let peer = client.map(|client| tracing::field::display(client.peer));
-            seldom!(warn, peer, reason = error.message(), "a call was refused");
+            rate_limited!(warn, peer, reason = error.message(), "a call was refused");
         })?;
         if !matches!(route, Route::Health(_)) {
             self.authenticate(headers, client)?;

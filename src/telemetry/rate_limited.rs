@@ -6,9 +6,9 @@ use std::{
 };
 
 /// When an event was last written at its own level, and how many were not since
-/// then. See [`seldom!`].
+/// then. See [`rate_limited!`].
 #[derive(Debug, Default)]
-pub struct Seldom(Mutex<Last>);
+pub struct RateLimit(Mutex<Last>);
 
 #[derive(Debug, Default)]
 struct Last {
@@ -16,9 +16,9 @@ struct Last {
     left_out: u64,
 }
 
-// === impl Seldom ===
+// === impl RateLimit ===
 
-impl Seldom {
+impl RateLimit {
     /// Events of one kind are at least this far apart.
     pub const PAUSE: Duration = Duration::from_secs(1);
 
@@ -44,12 +44,12 @@ impl Seldom {
     }
 }
 
-/// Writes an event that others can cause, `seldom!(warn, fields…, "text")`: at the
-/// level at most once in [`Seldom::PAUSE`] for this line of code, with the number of
+/// Writes an event that others can cause, `rate_limited!(warn, fields…, "text")`: at the
+/// level at most once in [`RateLimit::PAUSE`] for this line of code, with the number of
 /// those before it that were `left_out`; otherwise at DEBUG.
-macro_rules! seldom {
+macro_rules! rate_limited {
     ($level:ident, $($event:tt)+) => {{
-        static LAST: $crate::telemetry::Seldom = $crate::telemetry::Seldom::new();
+        static LAST: $crate::telemetry::RateLimit = $crate::telemetry::RateLimit::new();
         match LAST.due(::std::time::Instant::now()) {
             Some(0) => ::tracing::$level!($($event)+),
             Some(left_out) => ::tracing::$level!(left_out, $($event)+),
@@ -57,7 +57,7 @@ macro_rules! seldom {
         }
     }};
 }
-pub(crate) use seldom;
+pub(crate) use rate_limited;
 
 #[cfg(test)]
 mod tests {
@@ -65,13 +65,13 @@ mod tests {
 
     #[test]
     fn one_in_a_while_is_due_and_says_how_many_were_not() {
-        let (seldom, start) = (Seldom::new(), Instant::now());
-        let almost = Seldom::PAUSE - Duration::from_millis(1);
-        assert_eq!(seldom.due(start), Some(0));
-        assert_eq!(seldom.due(start), None);
-        assert_eq!(seldom.due(start + almost), None);
-        assert_eq!(seldom.due(start + Seldom::PAUSE), Some(2));
-        assert_eq!(seldom.due(start + Seldom::PAUSE + almost), None);
-        assert_eq!(seldom.due(start + Seldom::PAUSE * 2), Some(1));
+        let (limit, start) = (RateLimit::new(), Instant::now());
+        let almost = RateLimit::PAUSE - Duration::from_millis(1);
+        assert_eq!(limit.due(start), Some(0));
+        assert_eq!(limit.due(start), None);
+        assert_eq!(limit.due(start + almost), None);
+        assert_eq!(limit.due(start + RateLimit::PAUSE), Some(2));
+        assert_eq!(limit.due(start + RateLimit::PAUSE + almost), None);
+        assert_eq!(limit.due(start + RateLimit::PAUSE * 2), Some(1));
     }
 }

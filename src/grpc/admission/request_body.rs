@@ -21,10 +21,11 @@ use tokio::{
 };
 use tonic::body::Body;
 
-use super::{status::CallError, weight::decoded_bytes};
+use super::decoded_size::decoded_bytes;
+use super::slow_clients::Wait;
 use crate::{
+    grpc::status::CallError,
     telemetry::{self, Limit},
-    waits::Wait,
 };
 
 /// Where requests come in.
@@ -324,7 +325,8 @@ mod tests {
     use http_body_util::StreamBody;
     use tonic::Code;
 
-    use super::{super::proto::ErrorReason, *};
+    use super::*;
+    use crate::grpc::proto::ErrorReason;
 
     /// A body that comes in these pieces, and then ends or never does.
     fn body(pieces: Vec<Vec<u8>>, ends: bool) -> impl HttpBody<Data = Bytes> + Unpin {

@@ -23,7 +23,7 @@ use tokio_util::{
     task::{TaskTracker, task_tracker::TaskTrackerToken},
 };
 
-use crate::telemetry::{self, ConnectionFailure, seldom};
+use crate::telemetry::{self, ConnectionFailure, rate_limited};
 
 /// All that is held, and for whom.
 #[derive(Debug)]
@@ -184,7 +184,7 @@ impl Waits {
             left.bytes -= amount.bytes;
             client.closing.cancel();
             telemetry::connection_failed(ConnectionFailure::Slow);
-            seldom!(
+            rate_limited!(
                 warn,
                 peer = %client.peer,
                 calls = amount.calls,

@@ -35,14 +35,18 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{
+use super::{
     accept::{Newest, pause_after},
-    cork::Corked,
-    grpc::{envelope::Envelope, head::MAX_HEADER_LIST_BYTES, services::Services},
-    tasks::Tasks,
-    telemetry::{self, ConnectionFailure, seldom},
+    call_executor::Tasks,
     tls::{self, ServerTls},
-    waits::Waits,
+    write_coalescing::Corked,
+};
+use crate::{
+    grpc::{
+        admission::{envelope::Envelope, head::MAX_HEADER_LIST_BYTES, slow_clients::Waits},
+        services::Services,
+    },
+    telemetry::{self, ConnectionFailure, rate_limited},
 };
 
 /// What connections may be.
@@ -193,7 +197,7 @@ pub async fn serve(
         let Ok(slot) = slots.clone().try_acquire_owned() else {
             telemetry::connection_failed(ConnectionFailure::MaxConnections);
             let most = limits.max_connections;
-            seldom!(warn, %peer, most, "a connection was closed, being over --max-connections");
+            rate_limited!(warn, %peer, most, "a connection was closed, being over --max-connections");
             continue;
         };
         let acceptor = tls.as_ref().map(ServerTls::acceptor);
@@ -201,7 +205,7 @@ pub async fn serve(
         if beginning.push(tokio::spawn(begin).abort_handle()) {
             telemetry::connection_failed(ConnectionFailure::Timeout);
             let most = MAX_BEGINNING;
-            seldom!(
+            rate_limited!(
                 warn,
                 most,
                 "too many connections that do not begin: the oldest was closed"
@@ -292,7 +296,7 @@ impl Shared {
                 {
                     telemetry::authentication_failed(reason);
                 }
-                seldom!(warn, %peer, reason = %failure, "a connection was refused");
+                rate_limited!(warn, %peer, reason = %failure, "a connection was refused");
             }
         }
     }
@@ -340,7 +344,7 @@ impl Shared {
                 result = &mut connection => result.map_err(io::Error::other),
                 () = retired => {
                     telemetry::connection_failed(ConnectionFailure::Age);
-                    seldom!(
+                    rate_limited!(
                         info,
                         %peer,
                         "a connection was closed: its client went on with it beyond \

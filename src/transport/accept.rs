@@ -5,7 +5,7 @@ use std::{collections::VecDeque, io, time::Duration};
 
 use tokio::task::AbortHandle;
 
-use crate::telemetry::seldom;
+use crate::telemetry::rate_limited;
 
 /// The pause when there is no file descriptor or no memory for another connection.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -26,7 +26,7 @@ pub async fn pause_after(error: &io::Error) {
         error.kind(),
         ConnectionAborted | ConnectionReset | Interrupted
     ) {
-        seldom!(warn, %error, "no connection can be accepted");
+        rate_limited!(warn, %error, "no connection can be accepted");
         tokio::time::sleep(PAUSE).await;
     }
 }

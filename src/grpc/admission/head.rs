@@ -8,8 +8,11 @@ use http::{
 };
 use tonic::body::Body;
 
-use super::{call::operation, status::CallError};
-use crate::telemetry::{self, Refused, seldom};
+use super::call::operation;
+use crate::{
+    grpc::status::CallError,
+    telemetry::{self, Refused, rate_limited},
+};
 
 /// Which service a call is for, by its path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,7 +86,7 @@ pub fn not_grpc<B>(request: &Request<B>) -> Option<Response<Body>> {
         return None;
     };
     telemetry::request_refused(reason);
-    seldom!(
+    rate_limited!(
         info,
         method = %request.method(),
         status = status.as_u16(),
