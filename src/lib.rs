@@ -1,18 +1,21 @@
 //! groupstate keeps the state of alert groups for the replicas of an
 //! alert-history service: a gRPC server over Redis or over memory.
 //!
-//! The modules, as a request travels; each knows only those below it:
+//! The modules, from the top down. Each knows only those below it, which
+//! `tests/architecture.rs` checks:
 //!
 //! | module | what is in it |
 //! |---|---|
-//! | [`config`] | every setting, its default, its check |
-//! | [`telemetry`] | logs, metrics and traces |
-//! | [`reload`] | what is read from files and read again when they change |
 //! | [`server`] | puts the parts together; start and graceful stop |
+//! | [`config`] | every setting, its default, its check |
 //! | [`admin`] | the HTTP port: probes, health, metrics |
-//! | [`grpc`] | the protobuf surface |
+//! | [`transport`] | the gRPC port as bytes: connections, TLS, tasks |
 //! | [`manager`] | the replica side, which calls a service of this crate or any store |
+//! | [`grpc`] | the protobuf surface, and what a call passes on its way in |
 //! | [`store`] | the store contract, and the stores |
+//! | [`pem`] | certificates and CAs as files hold them |
+//! | [`reload`] | what is read from files and read again when they change |
+//! | [`telemetry`] | logs, metrics and traces |
 //! | [`domain`] | groups, documents, versions, changes, merging: values |
 
 #![forbid(unsafe_code)]
