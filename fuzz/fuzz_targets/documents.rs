@@ -3,7 +3,11 @@
 
 #![no_main]
 
-use groupstate::domain::{document::{Document, DocumentHead}, group::GroupKey, version::Version};
+use groupstate::domain::{
+    document::{Document, DocumentHead},
+    group::GroupKey,
+    version::Version,
+};
 use libfuzzer_sys::fuzz_target;
 
 /// What every document has, and what a byte of a group that was read takes at most when

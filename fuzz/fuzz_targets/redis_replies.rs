@@ -3,7 +3,11 @@
 
 #![no_main]
 
-use groupstate::{domain::group::GroupKey, fuzzing::{read_info, read_reply}, store::documents::WriteOutcome};
+use groupstate::{
+    domain::group::GroupKey,
+    fuzzing::{read_info, read_reply},
+    store::documents::WriteOutcome,
+};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: &[u8]| {

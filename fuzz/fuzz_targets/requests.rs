@@ -4,7 +4,17 @@
 
 use std::time::Duration;
 
-use groupstate::{domain::{document::DocumentHead, group::AlertGroup, version::Version}, grpc::{convert, proto as pb, validation::{ExpiryField, Limits, MIN_TTL, Violations, expected_version, stored_group, version_to_delete}}, store::{Backend, Expiry}};
+use groupstate::{
+    domain::{document::DocumentHead, group::AlertGroup, version::Version},
+    grpc::{
+        convert, proto as pb,
+        validation::{
+            ExpiryField, Limits, MIN_TTL, Violations, expected_version, stored_group,
+            version_to_delete,
+        },
+    },
+    store::{Backend, Expiry},
+};
 use libfuzzer_sys::fuzz_target;
 use prost::Message;
 
