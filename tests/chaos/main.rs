@@ -98,7 +98,7 @@ const REGRESSIONS: [(u64, Policy); 8] = [
 /// Seeds whose runs meet everything that can happen besides: Redis loses what it has
 /// acknowledged, servers and slots move, clocks jump, the service itself stands still. A
 /// test below holds them to it.
-const OF_ANYTHING: [(u64, Policy, Option<Kind>); 7] = [
+const OF_ANYTHING: [(u64, Policy, Option<Kind>); 10] = [
     // What was changed in memory was merged with what had been there before it.
     (9, Policy::Reconcile, None),
     // What was there before changes that were dropped was lost with Redis; merges that
@@ -110,6 +110,14 @@ const OF_ANYTHING: [(u64, Policy, Option<Kind>); 7] = [
     (14, Policy::Reconcile, None),
     (4, Policy::Reconcile, Some(Kind::Sentinel)),
     (2, Policy::Discard, Some(Kind::Cluster)),
+    // A probe that was repeated reached the next process, of which it then seemed that it
+    // had lost nothing.
+    (146, Policy::Reconcile, None),
+    // The clock of Redis was set back, and what came after a loss looked older than what
+    // had been deleted before it.
+    (113, Policy::Reconcile, None),
+    // Slots that moved were taken for a loss, and what had been replaced was merged again.
+    (118, Policy::Reconcile, Some(Kind::Cluster)),
 ];
 
 /// Runs that are made side by side: more would slow each other down, and then

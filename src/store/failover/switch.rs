@@ -181,12 +181,16 @@ impl Switch {
                 0
             }
         };
+        // Whoever sees that it has closed finds it counted.
+        if inner.announced {
+            telemetry::switched_to_redis();
+        }
+        telemetry::degraded_writes_discarded(discarded);
         let reason = self.status().reason;
         self.publish(&inner, "");
         if inner.announced {
             inner.announced = false;
             inner.told.clear();
-            telemetry::switched_to_redis();
             let to_carry = dirty - dirty.min(discarded);
             tracing::info!(
                 outage = ?open_for,
@@ -199,7 +203,6 @@ impl Switch {
             tracing::info!("Redis answers");
         }
         if discarded > 0 {
-            telemetry::degraded_writes_discarded(discarded);
             tracing::warn!(
                 discarded,
                 "groups that were written or deleted while Redis was down are dropped; \
