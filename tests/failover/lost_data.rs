@@ -346,9 +346,17 @@ async fn keep_ttl_keeps_an_expiry_that_was_lost_with_the_group() {
         })),
     };
     writer.client.store(request).await.unwrap();
+    let all = pb::StoreAllRequest {
+        groups: vec![group("of many", &["a"])],
+        expiry: Some(pb::store_all_request::Expiry::Ttl(prost_types::Duration {
+            seconds: 600,
+            nanos: 0,
+        })),
+    };
+    writer.client.store_all(all).await.unwrap();
     let (reader, mut client) = writer.other(DISCARD).await;
-    wait_until("it has read it", HEALED_WITHIN, async || {
-        reader.metric("mirror_entries").await == 1.0
+    wait_until("it has read them", HEALED_WITHIN, async || {
+        reader.metric("mirror_entries").await == 2.0
     })
     .await;
     // It would put the group back.
@@ -361,10 +369,17 @@ async fn keep_ttl_keeps_an_expiry_that_was_lost_with_the_group() {
     };
     let stored = client.store(request).await.unwrap().into_inner();
     assert_eq!(stored.backend, REDIS);
+    let all = pb::StoreAllRequest {
+        groups: vec![group("of many", &["b"])],
+        expiry: Some(pb::store_all_request::Expiry::KeepTtl(true)),
+    };
+    client.store_all(all).await.unwrap();
     let mut redis = writer.redis_client().await;
-    let left = redis_command(&mut redis, &["TTL", "group:k"]).await;
-    let left: i64 = redis::from_redis_value(left).unwrap();
-    assert!((1..=600).contains(&left), "{left}");
+    for key in ["group:k", "group:of many"] {
+        let left = redis_command(&mut redis, &["TTL", key]).await;
+        let left: i64 = redis::from_redis_value(left).unwrap();
+        assert!((1..=600).contains(&left), "{key}: {left}");
+    }
 }
 
 /// Only what memory has acknowledged is dropped, and not what Redis had before.

@@ -315,6 +315,16 @@ impl Failover {
         Cow::Borrowed(write)
     }
 
+    /// The same of many.
+    fn with_lost_expiries<'a>(&self, writes: &'a [Write]) -> Cow<'a, [Write]> {
+        let keeps = |write: &Write| matches!(write.expiry, Expiry::Keep { .. });
+        if !writes.iter().any(keeps) {
+            return Cow::Borrowed(writes);
+        }
+        let writes = writes.iter().map(|write| self.with_lost_expiry(write));
+        Cow::Owned(writes.map(Cow::into_owned).collect())
+    }
+
     /// Whether a group is to be created that Redis has lost: it would tell nobody
     /// that there was one.
     async fn would_overwrite_lost(
@@ -653,6 +663,7 @@ impl Failover {
             Err(failure) => return vec![Err(failure); writes.len()],
             Ok(None) => {}
             Ok(Some(turn)) => {
+                let writes = &*self.with_lost_expiries(writes);
                 let call = self.redis.write_pipeline(writes, deadline, &trails);
                 let call = async { Ok(call.await) };
                 if let Ok(outcomes) = self.ask(turn.period, &time, call).await {
@@ -728,9 +739,9 @@ impl CallTime {
 
     /// Whether there is time for another turn after one in which Redis was too slow.
     /// `lost`: see [`Self::take_turn`].
-    fn goes_on(&mut self, lost: Duration) -> bool {
-        self.make_up(lost);
-        !self.is_limited_by_caller() && Instant::now() < self.end
+    fn goes_on(&self, lost: Duration) -> bool {
+        let end = self.end + lost.saturating_sub(self.lost);
+        !self.is_limited_by_caller() && Instant::now() < end
     }
 
     fn make_up(&mut self, lost: Duration) {

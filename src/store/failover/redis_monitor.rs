@@ -71,7 +71,7 @@ struct Pong {
 // === impl RedisMonitor ===
 
 impl RedisMonitor {
-    /// Starts to inner.
+    /// Starts to watch.
     pub fn start(
         redis: RedisStore,
         memory: MemoryStore,

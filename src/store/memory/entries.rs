@@ -481,6 +481,9 @@ impl Entries {
                 if is_older {
                     return Ok(false);
                 }
+                // Whoever finds nothing where there was a group must not forget its delete
+                // sooner than who had deleted it.
+                let kept_for = known.map_or(kept_for, |_| Entry::TOMBSTONE);
                 let cost = Entry::cost_of(key, 0);
                 let Ok(fits) = self.fits(key, cost, now) else {
                     return Err(Shown::Deleted { version, kept_for });

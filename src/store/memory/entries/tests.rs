@@ -409,6 +409,36 @@ fn what_was_written_here_and_has_expired_is_unsure_like_a_delete() {
     assert!(!entries.is_pending(&key("k"), forgotten));
 }
 
+/// Another instance may be about to put back what Redis has just lost. But that a delete is
+/// repeated is no reason to forget it sooner.
+#[test]
+fn a_delete_that_finds_nothing_is_remembered_for_a_minute_and_shortens_no_other() {
+    let (mut entries, now) = entries(1 << 20);
+    let ticket = entries.ticket(now);
+    learn(
+        &mut entries,
+        &key("deleted"),
+        Shown::deleted(version(16)),
+        ticket,
+        now,
+    );
+    for name in ["deleted", "never there"] {
+        learn(
+            &mut entries,
+            &key(name),
+            Shown::nothing_to_delete(),
+            ticket,
+            now,
+        );
+    }
+    entries.begin_epoch(vec![Loss::ALL]);
+    let is_remembered = |name: &str, after| entries.is_pending(&key(name), now + after);
+    let minute = Entry::TOMBSTONE_OF_NOTHING;
+    assert!(is_remembered("never there", minute - SECOND));
+    assert!(!is_remembered("never there", minute));
+    assert!(is_remembered("deleted", Entry::TOMBSTONE - SECOND));
+}
+
 #[test]
 fn what_was_there_before_changes_that_are_dropped_is_there_again() {
     let now = Instant::now();
