@@ -173,6 +173,33 @@ async fn a_replica_that_takes_over_from_a_hung_primary_is_followed() {
 
 /// A slot moves while its groups are being written: first key by key (`ASK`),
 /// then as a whole (`MOVED`).
+/// The key by which the service knows what a server has lost goes along with its slot.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_moves_is_not_taken_for_a_loss() {
+    let scene = ClusterScene::new(RedisCluster::start().await).await;
+    let mut first = scene.cluster.primaries[0].connect().await;
+    let keys = async |first: &mut MultiplexedConnection| {
+        let keys = redis_command(first, &["KEYS", "group:*"]).await;
+        redis::from_redis_value::<Vec<String>>(keys).unwrap()
+    };
+    // Nobody has stored a group: these are its own.
+    let before = keys(&mut first).await;
+    assert!(!before.is_empty());
+    scene.cluster.move_slots(before.len(), 0, 2).await;
+    wait_until(
+        "another key is there",
+        Duration::from_secs(15),
+        async || {
+            let now = keys(&mut first.clone()).await;
+            !now.is_empty() && !now.iter().any(|key| before.contains(key))
+        },
+    )
+    .await;
+    let log = scene.service.log().join("\n");
+    assert!(!log.contains("another process"), "{log}");
+    assert!(!log.contains("lost data"), "{log}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slot_that_moves_to_another_primary_loses_nothing() {
     const TAGGED_KEYS: usize = 20;

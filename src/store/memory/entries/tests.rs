@@ -422,6 +422,8 @@ fn a_delete_that_finds_nothing_is_remembered_for_a_minute_and_shortens_no_other(
         ticket,
         now,
     );
+    let now = now + SECOND;
+    let ticket = entries.ticket(now);
     for name in ["deleted", "never there"] {
         learn(
             &mut entries,
