@@ -167,6 +167,9 @@ fn seeds_of(text: &str) -> Option<std::ops::RangeInclusive<u64>> {
 
 /// Makes the runs, tells of them, and fails if one does not hold.
 async fn hold(plans: impl Iterator<Item = Plan>) {
+    // Two tests at once would make twice as many runs as go side by side.
+    static ONE_AT_A_TIME: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+    let _alone = ONE_AT_A_TIME.lock().await;
     let jobs = env::var("CHAOS_JOBS")
         .ok()
         .and_then(|jobs| jobs.parse().ok());
